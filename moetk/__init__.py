@@ -1,0 +1,1 @@
+"""moetk: mixture-of-experts parts that compose. Names are loaded when first touched."""

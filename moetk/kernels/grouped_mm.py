@@ -1,0 +1,87 @@
+"""Matrix products over rows grouped by expert.
+
+Letters: N rows in expert order, E experts, A and B the two widths. Rows behind offsets_E[-1]
+belong to nobody: their output is zero.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def grouped_mm(x_NA: Tensor, weight_EAB: Tensor, offsets_E: Tensor) -> Tensor:
+    """Each row times its expert's matrix: (N, A) x (E, A, B) -> (N, B), in the dtype of x_NA.
+
+    offsets_E: int32, where each expert's rows end, not decreasing. Both operands share one dtype.
+    """
+    if _has_device_kernel(x_NA):
+        y_NB = F.grouped_mm(x_NA, weight_EAB, offs=offsets_E)
+        return _zero_tail(y_NB, offsets_E)
+    if torch.compiler.is_compiling():
+        return torch.ops.moetk.grouped_mm(x_NA, weight_EAB, offsets_E)  # type: ignore[no-any-return]
+    return _grouped_mm_loop(x_NA, weight_EAB, offsets_E)
+
+
+def grouped_outer(x_NA: Tensor, y_NB: Tensor, offsets_E: Tensor) -> Tensor:
+    """Each expert's sum of outer products over its rows: (N, A), (N, B) -> (E, A, B).
+
+    The gradient of `grouped_mm` for its weights. An expert without rows gets zeros.
+    """
+    if _has_device_kernel(x_NA):
+        return F.grouped_mm(x_NA.t(), y_NB, offs=offsets_E)
+    if torch.compiler.is_compiling():
+        return torch.ops.moetk.grouped_outer(x_NA, y_NB, offsets_E)  # type: ignore[no-any-return]
+    return _grouped_outer_loop(x_NA, y_NB, offsets_E)
+
+
+def _has_device_kernel(x: Tensor) -> bool:
+    """torch's grouped kernel takes bf16 on the device only; on the CPU a loop is as fast."""
+    return x.is_cuda and x.dtype == torch.bfloat16 and x.shape[0] > 0
+
+
+def _zero_tail(y_NB: Tensor, offsets_E: Tensor) -> Tensor:
+    # The kernel leaves rows behind the last offset unwritten.
+    rows_N = torch.arange(y_NB.shape[0], device=y_NB.device, dtype=torch.int32)
+    return y_NB.masked_fill_((rows_N >= offsets_E[-1])[:, None], 0)
+
+
+def _grouped_mm_loop(x_NA: Tensor, weight_EAB: Tensor, offsets_E: Tensor) -> Tensor:
+    y_NB = x_NA.new_empty(x_NA.shape[0], weight_EAB.shape[2])
+    start = 0
+    for expert, end in enumerate(offsets_E.tolist()):
+        if end > start:
+            torch.mm(x_NA[start:end], weight_EAB[expert], out=y_NB[start:end])
+            start = end
+    y_NB[start:].zero_()
+    return y_NB
+
+
+def _grouped_outer_loop(x_NA: Tensor, y_NB: Tensor, offsets_E: Tensor) -> Tensor:
+    out_EAB = x_NA.new_empty(offsets_E.shape[0], x_NA.shape[1], y_NB.shape[1])
+    start = 0
+    for expert, end in enumerate(offsets_E.tolist()):
+        if end > start:
+            torch.mm(x_NA[start:end].t(), y_NB[start:end], out=out_EAB[expert])
+            start = end
+        else:
+            out_EAB[expert].zero_()
+    return out_EAB
+
+
+# torch.compile sees the loops as one op each: their lengths are data.
+_grouped_mm_op = torch.library.custom_op("moetk::grouped_mm", _grouped_mm_loop, mutates_args=())
+_grouped_outer_op = torch.library.custom_op(
+    "moetk::grouped_outer", _grouped_outer_loop, mutates_args=()
+)
+
+
+@_grouped_mm_op.register_fake
+def _(x_NA: Tensor, weight_EAB: Tensor, offsets_E: Tensor) -> Tensor:
+    return x_NA.new_empty(x_NA.shape[0], weight_EAB.shape[2])
+
+
+@_grouped_outer_op.register_fake
+def _(x_NA: Tensor, y_NB: Tensor, offsets_E: Tensor) -> Tensor:
+    return x_NA.new_empty(offsets_E.shape[0], x_NA.shape[1], y_NB.shape[1])

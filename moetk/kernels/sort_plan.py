@@ -1,0 +1,53 @@
+"""The order in which a bank reads its rows: every assignment sorted by expert.
+
+Letters: T tokens, K choices a token, N = T*K assignments, E experts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class SortPlan:
+    """Assignments in expert order. N is always T*K, so no step waits for a count.
+
+    source_N: int32, the token of each row. slot_TK: int32, the row of each (token, choice).
+    offsets_E: int32, where each expert's rows end. Rows behind offsets_E[-1] belong to unused or
+    dropped choices; nothing computes them.
+    """
+
+    source_N: Tensor
+    slot_TK: Tensor
+    offsets_E: Tensor
+
+    @property
+    def counts_E(self) -> Tensor:
+        """int32, rows of each expert."""
+        return self.offsets_E.diff(prepend=self.offsets_E.new_zeros(1))
+
+
+def sort_plan(experts_TK: Tensor, kept_TK: Tensor | None, num_experts: int) -> SortPlan:
+    """Sort the choices by expert: stable, without atomics, without a wait for the device.
+
+    experts_TK: int64; ids outside [0, num_experts) count as unused, and so does what kept_TK (bool,
+    None = all) drops.
+    """
+    num_choices = experts_TK.shape[1]
+    ids_N = experts_TK.flatten()
+    unused_N = (ids_N < 0) | (ids_N >= num_experts)
+    if kept_TK is not None:
+        unused_N = unused_N | ~kept_TK.flatten()
+    # 16-bit keys where they fit: a radix sort on the device takes half the passes.
+    key_dtype = torch.int16 if num_experts < 2**15 else torch.int32
+    keys_N = ids_N.masked_fill(unused_N, num_experts).to(key_dtype)
+    sorted_N, order_N = keys_N.sort(stable=True)
+    experts_E = torch.arange(num_experts, device=ids_N.device, dtype=key_dtype)
+    offsets_E = torch.searchsorted(sorted_N, experts_E, right=True, out_int32=True)
+    rows_N = torch.arange(ids_N.numel(), device=ids_N.device, dtype=torch.int32)
+    slot_N = torch.empty_like(rows_N).scatter_(0, order_N, rows_N)
+    source_N = (order_N // max(num_choices, 1)).to(torch.int32)
+    return SortPlan(source_N, slot_N.view(experts_TK.shape), offsets_E)

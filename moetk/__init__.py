@@ -1,1 +1,75 @@
-"""moetk: mixture-of-experts parts that compose. Names are loaded when first touched."""
+"""moetk: mixture-of-experts parts that compose. Names are loaded when first touched (PEP 562)."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from moetk._version import __version__ as __version__
+
+__all__ = [
+    "AutoModelForCausalLM",
+    "BlockSpec",
+    "ExpertBank",
+    "ExpertChoice",
+    "LinearRouter",
+    "MoELayer",
+    "MoetkError",
+    "Replacement",
+    "RouterContext",
+    "Routing",
+    "SoftChoice",
+    "TokenChoice",
+    "controllers",
+    "dispatch",
+    "losses",
+    "metrics",
+    "record",
+    "register",
+    "replace_moe",
+    "replay",
+    "routers",
+]
+
+if TYPE_CHECKING:  # what editors and mypy read; a test holds it equal to the table below
+    from moetk import controllers, dispatch, losses, metrics, routers
+    from moetk.auto import AutoModelForCausalLM
+    from moetk.context import RouterContext
+    from moetk.errors import MoetkError
+    from moetk.experts import ExpertBank
+    from moetk.layers.moe import MoELayer
+    from moetk.layers.recording import record, replay
+    from moetk.layers.register import register
+    from moetk.layers.replace import BlockSpec, Replacement, replace_moe
+    from moetk.routers import LinearRouter
+    from moetk.routing import ExpertChoice, Routing, SoftChoice, TokenChoice
+else:  # hidden from type checkers, so that they still flag a name that is not there
+    _ROOMS = {"controllers", "dispatch", "losses", "metrics", "routers"}
+    _MODULE_OF = {
+        "AutoModelForCausalLM": "moetk.auto",
+        "BlockSpec": "moetk.layers.replace",
+        "ExpertBank": "moetk.experts",
+        "ExpertChoice": "moetk.routing",
+        "LinearRouter": "moetk.routers",
+        "MoELayer": "moetk.layers.moe",
+        "MoetkError": "moetk.errors",
+        "Replacement": "moetk.layers.replace",
+        "RouterContext": "moetk.context",
+        "Routing": "moetk.routing",
+        "SoftChoice": "moetk.routing",
+        "TokenChoice": "moetk.routing",
+        "record": "moetk.layers.recording",
+        "register": "moetk.layers.register",
+        "replace_moe": "moetk.layers.replace",
+        "replay": "moetk.layers.recording",
+    }
+
+    def __getattr__(name: str) -> Any:
+        if name in _ROOMS:
+            return import_module(f"moetk.{name}")
+        if name not in _MODULE_OF:
+            raise AttributeError(f"module 'moetk' has no attribute {name!r}")
+        value = getattr(import_module(_MODULE_OF[name]), name)
+        globals()[name] = value  # the next touch is an ordinary lookup
+        return value
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__all__})

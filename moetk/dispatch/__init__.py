@@ -1,0 +1,15 @@
+"""Dispatch: bringing tokens to their experts and back, and what does not fit on the way."""
+
+from moetk.dispatch.capacity import Capacity, by_weight, dropped, dropped_fraction, first_come
+from moetk.dispatch.dispatcher import Dispatcher
+from moetk.dispatch.local import Local
+
+__all__ = [
+    "Capacity",
+    "Dispatcher",
+    "Local",
+    "by_weight",
+    "dropped",
+    "dropped_fraction",
+    "first_come",
+]

@@ -1,0 +1,77 @@
+"""The cell's side of the pipe. Imports nothing heavy: it must be listening before torch loads.
+
+The runner writes one line of JSON to stdin, the job, and keeps the pipe open; when the pipe closes
+the runner is gone and the process ends at once, so that nobody writes behind a resumed sweep.
+Events go back as lines of JSON. What the job prints goes to stderr, which is the cell's log.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import threading
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+from moetk.sweep.store import Row, leave_row
+
+RUNNER_GONE = 75
+
+Send = Callable[[dict[str, Any]], None]
+Describe = Callable[[dict[str, Any]], dict[str, Any]]
+Run = Callable[[dict[str, Any], Send], Row]
+
+
+def serve(describe: Describe, run: Run) -> NoReturn:
+    """Do the one job that stdin brings, then exit.
+
+    {"do": "describe", ...}: describe(job) is sent back as {"described": ...}.
+    {"do": "run", "folder": ..., ...}: run(job, send) returns the row, which is left in the folder.
+    An exception is sent back as {"error": ...} and exits with 1; its traceback is in the log.
+    """
+    send = _private_stdout()
+    line = sys.stdin.buffer.readline()
+    if not line:
+        os._exit(RUNNER_GONE)
+    job = json.loads(line)
+    threading.Thread(target=_exit_with_runner, daemon=True).start()
+    try:
+        if job["do"] == "describe":
+            send({"described": describe(job)})
+        else:
+            leave_row(Path(job["folder"]), run(job, send))
+    except BaseException as error:
+        traceback.print_exc()
+        send({"error": f"{type(error).__name__}: {error}"})
+        _end(1)
+    _end(0)
+
+
+def _private_stdout() -> Send:
+    """Keep the pipe for events; anything that prints, in C too, writes to the log instead."""
+    pipe = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    lock = threading.Lock()
+
+    def send(event: dict[str, Any]) -> None:
+        with lock:
+            pipe.write(json.dumps(event) + "\n")
+            pipe.flush()
+
+    return send
+
+
+def _exit_with_runner() -> None:
+    while os.read(0, 4096):
+        pass
+    os._exit(RUNNER_GONE)
+
+
+def _end(code: int) -> NoReturn:
+    # A user's own threads and exit hooks must not keep a finished cell alive.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

@@ -1,0 +1,363 @@
+"""A sweep's TOML file as frozen dataclasses, checked in one place.
+
+Every number of a run is here, so that a row in the results says all that was asked for.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any, TypeVar, get_type_hints
+
+from moetk.errors import ConfigError
+
+S = TypeVar("S")
+
+FAMILIES = ("qwen3_moe",)
+CORPORA = ("python_stdlib",)
+BACKENDS = ("auto", "stock", "reference", "grouped")
+
+
+@dataclass(frozen=True)
+class SweepSettings:
+    """[sweep]. seeds: one cell per arm and seed; the same seed gives every arm the same initial
+    model and the same batches. steps: optimizer steps. baseline: the arm that others are compared
+    with. timeout: seconds a cell may take."""
+
+    name: str
+    seeds: tuple[int, ...]
+    steps: int
+    baseline: str
+    timeout: float = 900.0
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """[model]. A Transformers model of this family with random weights, vocabulary = bytes."""
+
+    family: str = "qwen3_moe"
+    hidden_size: int = 64
+    layers: int = 2
+    experts: int = 8
+    top_k: int = 2
+    intermediate_size: int = 64
+    heads: int = 4
+    kv_heads: int = 2
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """[data]. max_bytes: the corpus is cut to whole files of at most this size together.
+    held_out: share of the files that is never trained on."""
+
+    kind: str = "python_stdlib"
+    max_bytes: int = 4_000_000
+    held_out: float = 0.1
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """[train]. lr rises linearly over `warmup` steps, then falls as a cosine to final_lr x lr.
+    eval_every: steps between two held-out losses; eval_batches: batches in each."""
+
+    lr: float = 3e-3
+    final_lr: float = 0.1
+    warmup: int = 20
+    weight_decay: float = 0.1
+    clip: float = 1.0
+    batch_size: int = 8
+    sequence_length: int = 128
+    threads: int = 1
+    eval_every: int = 50
+    eval_batches: int = 8
+
+
+@dataclass(frozen=True)
+class Part:
+    """A router, loss or controller: a name of moetk's, or a user's "module:function", and its
+    arguments."""
+
+    name: str
+    args: Mapping[str, Any]
+
+    @property
+    def is_users(self) -> bool:
+        return ":" in self.name
+
+
+@dataclass(frozen=True)
+class Arm:
+    """[[arm]]. lr: this arm's own learning rate, None = [train] lr. backend: as in replace_moe."""
+
+    name: str
+    router: Part
+    losses: tuple[Part, ...] = ()
+    controllers: tuple[Part, ...] = ()
+    lr: float | None = None
+    backend: str = "auto"
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        return (self.router, *self.losses, *self.controllers)
+
+
+@dataclass(frozen=True)
+class Config:
+    """A whole sweep. folder: where the TOML lies, and where its "module:function" names resolve;
+    it is not part of what was asked for."""
+
+    sweep: SweepSettings
+    model: ModelSettings
+    data: DataSettings
+    train: TrainSettings
+    arms: tuple[Arm, ...]
+    folder: Path
+
+    def settings(self) -> dict[str, Any]:
+        """The configuration as plain JSON values, arms by name."""
+        return {
+            "sweep": _plain(asdict(self.sweep)),
+            "model": asdict(self.model),
+            "data": asdict(self.data),
+            "train": asdict(self.train),
+            "arms": {arm.name: arm_settings(arm) for arm in self.arms},
+        }
+
+    def cell_settings(self, arm: Arm) -> dict[str, Any]:
+        """What one cell of this arm depends on: not the other arms, nor how they are compared."""
+        everything = self.settings()
+        return {
+            "steps": self.sweep.steps,
+            "arm": {"name": arm.name, **everything["arms"][arm.name]},
+            **{table: everything[table] for table in ("model", "data", "train")},
+        }
+
+    def limited(self, steps: int) -> Config:
+        """The same sweep with at most this many steps."""
+        if steps < 1:
+            raise ConfigError(f"--limit-steps {steps}: at least 1 step is needed.")
+        return replace(self, sweep=replace(self.sweep, steps=min(steps, self.sweep.steps)))
+
+
+def arm_settings(arm: Arm) -> dict[str, Any]:
+    """An arm as plain JSON values, without its name."""
+    return {
+        "router": {"name": arm.router.name, **arm.router.args},
+        "losses": [{"name": part.name, **part.args} for part in arm.losses],
+        "controllers": [{"name": part.name, **part.args} for part in arm.controllers],
+        "lr": arm.lr,
+        "backend": arm.backend,
+    }
+
+
+def load_config(path: Path) -> Config:
+    """Read and check a sweep's TOML file. Runs nothing that it names.
+
+    Raises ConfigError naming the table, the key, its value and what is allowed.
+    """
+    try:
+        raw = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}.") from None
+    except ValueError as error:
+        raise ConfigError(f"{path} is not TOML: {error}.") from None
+    return parse_config(raw, path.resolve().parent)
+
+
+def parse_config(raw: Mapping[str, Any], folder: Path) -> Config:
+    """Check a sweep's tables. Raises ConfigError as load_config does."""
+    _known(raw, ("sweep", "model", "data", "train", "arm"), "the file")
+    arms = raw.get("arm", [])
+    if not isinstance(arms, list) or not arms:
+        raise ConfigError("The file has no [[arm]]; a sweep compares at least one.")
+    config = Config(
+        sweep=_settings(SweepSettings, raw.get("sweep", {}), "[sweep]"),
+        model=_settings(ModelSettings, raw.get("model", {}), "[model]"),
+        data=_settings(DataSettings, raw.get("data", {}), "[data]"),
+        train=_settings(TrainSettings, raw.get("train", {}), "[train]"),
+        arms=tuple(_arm(table, index) for index, table in enumerate(arms)),
+        folder=folder,
+    )
+    _check(config)
+    return config
+
+
+def _check(config: Config) -> None:
+    """Every rule on a value, in the order of the file."""
+    sweep, model, data, train = config.sweep, config.model, config.data, config.train
+    _need(_printable(sweep.name), "[sweep] name", sweep.name, "letters, digits, '-', '_', '.'")
+    seeds = sweep.seeds
+    _need(len(seeds) > 0, "[sweep] seeds", list(seeds), "at least one")
+    _need(len(set(seeds)) == len(seeds), "[sweep] seeds", list(seeds), "no seed twice")
+    _need(min(seeds) >= 0, "[sweep] seeds", list(seeds), "0 or more")
+    _positive("[sweep]", sweep, "steps", "timeout")
+
+    _choice("[model] family", model.family, FAMILIES)
+    _positive("[model]", model, "hidden_size", "layers", "experts", "top_k", "intermediate_size")
+    _positive("[model]", model, "heads", "kv_heads")
+    _need(
+        model.top_k <= model.experts, "[model] top_k", model.top_k, f"<= experts = {model.experts}"
+    )
+    _need(
+        model.hidden_size % (2 * model.heads) == 0,
+        "[model] heads",
+        model.heads,
+        f"an even share of hidden_size = {model.hidden_size} a head",
+    )
+    _need(
+        model.heads % model.kv_heads == 0,
+        "[model] kv_heads",
+        model.kv_heads,
+        f"a divisor of heads = {model.heads}",
+    )
+
+    _choice("[data] kind", data.kind, CORPORA)
+    _positive("[data]", data, "max_bytes")
+    _need(0 < data.held_out < 1, "[data] held_out", data.held_out, "between 0 and 1")
+
+    _positive("[train]", train, "lr", "clip", "batch_size", "threads", "eval_every", "eval_batches")
+    _need(0 <= train.final_lr <= 1, "[train] final_lr", train.final_lr, "0 to 1, a share of lr")
+    _need(train.warmup >= 0, "[train] warmup", train.warmup, "0 or more")
+    _need(train.weight_decay >= 0, "[train] weight_decay", train.weight_decay, "0 or more")
+    _need(train.sequence_length >= 2, "[train] sequence_length", train.sequence_length, "2 or more")
+
+    names = [arm.name for arm in config.arms]
+    for arm in config.arms:
+        where = f"[[arm]] {arm.name}"
+        _need(_printable(arm.name), "[[arm]] name", arm.name, "letters, digits, '-', '_', '.'")
+        _need(names.count(arm.name) == 1, "[[arm]] name", arm.name, "no name twice")
+        _need(arm.lr is None or arm.lr > 0, f"{where} lr", arm.lr, "more than 0")
+        _choice(f"{where} backend", arm.backend, BACKENDS)
+    _choice("[sweep] baseline", sweep.baseline, names)
+
+
+def _arm(raw: Any, index: int) -> Arm:
+    where = f"[[arm]] number {index + 1}"
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{where} is {raw!r}, not a table.")
+    if isinstance(raw.get("name"), str):
+        where = f"[[arm]] {raw['name']}"
+    _known(raw, ("args", *(f.name for f in fields(Arm))), where)
+    for key in ("name", "router"):
+        if not isinstance(raw.get(key), str):
+            raise ConfigError(f"{where} {key} is {raw.get(key)!r}; a string is needed.")
+    lr = raw.get("lr")
+    return Arm(
+        name=raw["name"],
+        router=_part(
+            {"name": raw["router"], **_table(raw.get("args", {}), f"{where} args")}, where
+        ),
+        losses=_parts(raw.get("losses", []), f"{where} losses"),
+        controllers=_parts(raw.get("controllers", []), f"{where} controllers"),
+        lr=None if lr is None else _value(float, lr, f"{where} lr"),
+        backend=_value(str, raw.get("backend", "auto"), f"{where} backend"),
+    )
+
+
+def _parts(raw: Any, where: str) -> tuple[Part, ...]:
+    if not isinstance(raw, list):
+        raise ConfigError(f"{where} is {raw!r}; a list of tables is needed, [{{ name = ... }}].")
+    return tuple(_part(table, where) for table in raw)
+
+
+def _part(raw: Any, where: str) -> Part:
+    args = dict(_table(raw, where))
+    name = args.pop("name", None)
+    if not isinstance(name, str) or not name:
+        raise ConfigError(f"{where}: name is {name!r}; a name of moetk's or 'module:function'.")
+    if ":" in name:
+        module, _, function = name.partition(":")
+        if not all(word.isidentifier() for word in (*module.split("."), function)):
+            raise ConfigError(f"{where}: {name!r} is not 'module:function'.")
+    for key, value in args.items():
+        _json_value(value, f"{where} {key}")
+    return Part(name, args)
+
+
+def _json_value(value: Any, where: str) -> None:
+    """An argument is what JSON can say: it enters the key of the cell."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            _json_value(inner, f"{where}.{key}")
+    elif isinstance(value, list):
+        for inner in value:
+            _json_value(inner, where)
+    elif not isinstance(value, (str, int, float)) or (
+        isinstance(value, float) and not math.isfinite(value)
+    ):
+        raise ConfigError(f"{where} is {value!r}; a string, bool, finite number, list or table.")
+
+
+def _settings(cls: type[S], raw: Any, where: str) -> S:
+    """A dataclass from a table: known keys, right types, defaults for what is left out."""
+    table = _table(raw, where)
+    _known(table, [f.name for f in fields(cls)], where)  # type: ignore[arg-type]
+    hints = get_type_hints(cls)
+    values = {key: _value(hints[key], value, f"{where} {key}") for key, value in table.items()}
+    try:
+        return cls(**values)
+    except TypeError:
+        missing = [key for key in hints if key not in values and not hasattr(cls, key)]
+        raise ConfigError(f"{where} lacks {', '.join(missing)}.") from None
+
+
+def _value(kind: Any, value: Any, where: str) -> Any:
+    """`value` as a str, int, float or tuple of ints; TOML's 1 is a fine float, its true no int."""
+    if kind is float and type(value) is int:
+        return float(value)
+    if kind in (int, str) and type(value) is kind:
+        return value
+    if kind is float and type(value) is float and math.isfinite(value):
+        return value
+    if kind == tuple[int, ...] and isinstance(value, list):
+        return tuple(_value(int, item, where) for item in value)
+    words = {int: "a whole number", float: "a finite number", str: "a string"}
+    raise ConfigError(
+        f"{where} is {value!r}; {words.get(kind, 'a list of whole numbers')} is needed."
+    )
+
+
+def _table(raw: Any, where: str) -> Mapping[str, Any]:
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{where} is {raw!r}; a table is needed.")
+    return raw
+
+
+def _known(raw: Mapping[str, Any], names: Sequence[str], where: str) -> None:
+    for key in raw:
+        if key not in names:
+            raise ConfigError(f"{where} has no setting {key!r}{nearest(key, names)}")
+
+
+def nearest(name: str, names: Sequence[str]) -> str:
+    """The end of a message about an unknown name: the nearest one, or all where none is near."""
+    close = difflib.get_close_matches(name, names, n=1)
+    return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(names)}."
+
+
+def _need(holds: bool, where: str, value: Any, allowed: str) -> None:
+    if not holds:
+        raise ConfigError(f"{where} = {value!r}; allowed: {allowed}.")
+
+
+def _positive(table: str, settings: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(settings, name)
+        _need(value > 0, f"{table} {name}", value, "more than 0")
+
+
+def _choice(where: str, value: str, names: Sequence[str]) -> None:
+    if value not in names:
+        raise ConfigError(f"{where} = {value!r}{nearest(value, names)}")
+
+
+def _printable(name: str) -> bool:
+    return 0 < len(name) <= 60 and all(c.isalnum() or c in "-_." for c in name)
+
+
+def _plain(value: dict[str, Any]) -> dict[str, Any]:
+    return {key: list(item) if isinstance(item, tuple) else item for key, item in value.items()}

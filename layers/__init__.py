@@ -1,0 +1,1 @@
+"""Mixture-of-experts layers: from parts, or inside a transformers model."""

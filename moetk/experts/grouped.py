@@ -175,7 +175,9 @@ class _DownCombine(torch.autograd.Function):
             w_N1 = _sorted(weights_TK, plan)[:, None]
             if need[1]:
                 assert da_NI is not None
-                dw_N = (da_NI.to(w_N1.dtype) * a_NI).sum(-1)
+                # In the wider dtype: float32 weights in a float64 model would lose half the digits.
+                wide = torch.promote_types(da_NI.dtype, w_N1.dtype)
+                dw_N = (da_NI.to(wide) * a_NI).sum(-1)
                 if down_bias is not None:
                     dw_N = dw_N + (_add_bias(torch.zeros_like(dy_NH), down_bias, plan) * dy_NH).sum(
                         -1

@@ -1,0 +1,82 @@
+"""What runs in each layer of a replaced model, and why."""
+
+from __future__ import annotations
+
+from io import StringIO
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.table import Table
+
+from moetk.experts import auto_row
+from moetk.layers.shells import CUSTOM, Site
+
+if TYPE_CHECKING:
+    from moetk.layers.replace import Replacement
+
+
+def explain(replacement: Replacement) -> str:
+    """A plain-text table, one line a layer, notes below."""
+    model = replacement.model
+    table = Table(title=f"{type(model).__name__}: {len(replacement.sites)} layers", box=None)
+    for column in ("layer", "router", "experts", "dispatch", "losses", "controllers"):
+        table.add_column(column, overflow="fold")
+    notes: dict[str, None] = {}
+    blind = _uncounted(replacement)
+    for site, found in zip(replacement.sites, replacement._found, strict=True):
+        backend, why = _backend(site, next(found.experts.parameters()))
+        notes[why] = None
+        table.add_row(
+            site.name,
+            _router(site, found.gate),
+            backend,
+            type(site.dispatcher).__name__,
+            ", ".join(type(loss).__name__ for loss in site.attachment.losses) or "-",
+            ", ".join(type(one.controller).__name__ for one in site.attachment.steered) or "-",
+        )
+    if blind:
+        notes[
+            f"not counted, below the first trainable parameter: {', '.join(blind)} (no gradient "
+            "reaches their output, so neither losses nor controllers act there)"
+        ] = None
+    out = StringIO()
+    Console(file=out, width=110, color_system=None).print(table)
+    return out.getvalue() + "\n".join(f"- {note}" for note in notes)
+
+
+def _router(site: Site, gate: object) -> str:
+    if site.label is None:
+        return f"{type(gate).__name__} (composed: {site.gate_row.router.__name__})"
+    kind = "custom" if CUSTOM in gate._modules else "custom function"  # type: ignore[attr-defined]
+    return f"{site.label} ({kind})"
+
+
+def _backend(site: Site, weight: object) -> tuple[str, str]:
+    if site.backend == "stock":
+        return "stock", 'stock: asked for with backend="stock"; transformers\' own experts run'
+    if site.backend != "auto":
+        return site.backend, f'{site.backend}: asked for with backend="{site.backend}"'
+    device, dtype = weight.device.type, weight.dtype  # type: ignore[attr-defined]
+    names = {}
+    for rows in (1, 2**10, 2**20):
+        row = auto_row(device, dtype, rows)
+        names[row.backend] = row
+    why = "; ".join(
+        f"{name} up to {row.max_rows:g} rows ({row.measured})" for name, row in names.items()
+    )
+    dtype_name = str(dtype).removeprefix("torch.")
+    return f"auto: {'/'.join(names)}", f"auto on {device}, {dtype_name}: {why}"
+
+
+def _uncounted(replacement: Replacement) -> list[str]:
+    """Layers whose output no gradient reaches: all parameters up to and in them are frozen."""
+    by_module = {id(found.layer): found.name for found in replacement._found}
+    blind, trainable = [], False
+    for module in replacement.model.modules():
+        own = any(p.requires_grad for p in module.parameters(recurse=False))
+        if id(module) in by_module:
+            inside = any(p.requires_grad for p in module.parameters())
+            if not trainable and not inside:
+                blind.append(by_module[id(module)])
+        trainable = trainable or own
+    return blind

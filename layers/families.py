@@ -1,0 +1,184 @@
+"""One row a transformers family: where its parts are, and which published router it runs.
+
+A row is data. Its router is a catalogue class whose forward runs on the family's own gate module
+(same parameter names), with the settings read off that gate and `tie="stock"`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from moetk.experts import Activation, BankSpec, BankWeights, ClampedGated, Gated, GptOssGated
+from moetk.layers.swap import own_class
+from moetk.routers import (
+    DeepSeekV3Router,
+    DeepSeekV4HashRouter,
+    DeepSeekV4Router,
+    GptOssRouter,
+    LinearRouter,
+    MixtralRouter,
+)
+
+Order = Literal["logits_weights_index", "index_weights_logits"]
+
+
+@dataclass(frozen=True)
+class Gate:
+    """How a family's gate class maps to a catalogue router.
+
+    router: the class whose forward the gate runs. settings: its knobs, read off the gate module.
+    weight_dtype: what the weights are rounded to for the bank: "model" = the dtype of x, None =
+    they stay as the router computed them.
+    hf_aux: transformers' pooled loss describes this router (softmax scores, top-k of them).
+    """
+
+    router: type[LinearRouter]
+    settings: Callable[[nn.Module], dict[str, Any]]
+    weight_dtype: Literal["model"] | None
+    hf_aux: bool = True
+
+
+@dataclass(frozen=True)
+class Family:
+    """A block class of transformers. `gates` maps gate class names to their routers."""
+
+    model_type: str
+    block: str
+    gates: Mapping[str, Gate]
+    router: str = "gate"
+    experts: str = "experts"
+    activation: Callable[[nn.Module], Activation] = field(
+        default=lambda experts: Gated(_act(experts))
+    )
+
+    def gate_row(self, gate: nn.Module) -> Gate:
+        return self.gates[own_class(gate).__name__]
+
+    def order(self, gate: nn.Module) -> Order:
+        """granitemoe on 5.17 returns its tuple the other way round."""
+        if self.model_type == "granitemoe" and not _returns_logits_first(own_class(gate)):
+            return "index_weights_logits"
+        return "logits_weights_index"
+
+    def spec(self, experts: nn.Module) -> BankSpec:
+        """The bank's function, read off the experts module."""
+        transposed = bool(getattr(experts, "is_transposed", False))
+        num_experts, rows, columns = experts.gate_up_proj.shape
+        hidden, width = (rows, columns) if transposed else (columns, rows)
+        return BankSpec(
+            num_experts,
+            hidden,
+            width // 2,
+            activation=self.activation(experts),
+            transposed=transposed,
+            interleaved=not getattr(experts, "is_concatenated", True),
+        )
+
+
+def bank_weights(experts: nn.Module) -> BankWeights:
+    """This call's tensors. Collected inside forward: only there PEFT's and FSDP2's exist."""
+    return BankWeights(
+        experts.gate_up_proj,  # type: ignore[arg-type]
+        experts.down_proj,  # type: ignore[arg-type]
+        getattr(experts, "gate_up_proj_bias", None),
+        getattr(experts, "down_proj_bias", None),
+    )
+
+
+def _act(experts: nn.Module) -> Callable[..., Any]:
+    """silu as a function, so that equal layers have equal specs; others as transformers' module."""
+    act: Any = experts.act_fn
+    return torch.nn.functional.silu if isinstance(act, nn.SiLU) else act
+
+
+def _is_silu(act: Any) -> bool:
+    return type(act).__name__ in ("SiLU", "SiLUActivation")
+
+
+def _returns_logits_first(gate_class: type) -> bool:
+    import inspect
+
+    last = inspect.getsource(gate_class.forward).rsplit("return", 1)[-1]
+    return last.split(",")[0].strip() == "router_logits"
+
+
+def _softmax_top_k(renormalise: bool | None = None, weight_dtype: Any = "model") -> Gate:
+    def settings(gate: nn.Module) -> dict[str, Any]:
+        flag = gate.norm_topk_prob if renormalise is None else renormalise
+        return {"renormalise": bool(flag)}
+
+    return Gate(MixtralRouter, settings, weight_dtype)
+
+
+def _deepseek_v3(gate: nn.Module) -> dict[str, Any]:
+    return {
+        "groups": gate.num_group,
+        "top_groups": gate.topk_group,
+        "scale": gate.routed_scaling_factor,
+        "renormalise": gate.norm_topk_prob,
+        "gemm_dtype": torch.float32,
+    }
+
+
+def _deepseek_v4(gate: nn.Module) -> dict[str, Any]:
+    return {"scale": gate.routed_scaling_factor, "score_dtype": None}
+
+
+_V4 = {
+    "DeepseekV4TopKRouter": Gate(DeepSeekV4Router, _deepseek_v4, None),
+    "DeepseekV4HashRouter": Gate(DeepSeekV4HashRouter, _deepseek_v4, None),
+}
+
+FAMILIES: tuple[Family, ...] = (
+    Family("qwen3_moe", "Qwen3MoeSparseMoeBlock", {"Qwen3MoeTopKRouter": _softmax_top_k()}),
+    Family("qwen3_next", "Qwen3NextSparseMoeBlock", {"Qwen3NextTopKRouter": _softmax_top_k()}),
+    Family("olmoe", "OlmoeSparseMoeBlock", {"OlmoeTopKRouter": _softmax_top_k()}),
+    Family(
+        "mixtral",
+        "MixtralSparseMoeBlock",
+        {"MixtralTopKRouter": _softmax_top_k(renormalise=True, weight_dtype=None)},
+    ),
+    Family(
+        "deepseek_v3",
+        "DeepseekV3MoE",
+        {"DeepseekV3TopkRouter": Gate(DeepSeekV3Router, _deepseek_v3, None, hf_aux=False)},
+    ),
+    Family(
+        "deepseek_v4",
+        "DeepseekV4SparseMoeBlock",
+        _V4,
+        activation=lambda experts: ClampedGated(experts.limit, _act(experts)),  # type: ignore[arg-type]
+    ),
+    Family(
+        "gpt_oss",
+        "GptOssMLP",
+        {"GptOssTopKRouter": Gate(GptOssRouter, lambda gate: {"score_dtype": None}, "model")},
+        router="router",
+        activation=lambda experts: GptOssGated(experts.alpha, experts.limit),  # type: ignore[arg-type]
+    ),
+    Family(
+        "granitemoe",
+        "GraniteMoeMoE",
+        {
+            "GraniteMoeTopKRouter": Gate(
+                GptOssRouter, lambda gate: {"score_dtype": torch.float32}, "model"
+            )
+        },
+        router="router",
+    ),
+)
+
+_BY_BLOCK = {family.block: family for family in FAMILIES}
+
+
+def family_of(module: nn.Module) -> Family | None:
+    """The row of a block, or None where the module is not a block that moetk knows."""
+    cls = own_class(module)
+    if not cls.__module__.startswith("transformers.models."):
+        return None
+    return _BY_BLOCK.get(cls.__name__)

@@ -1,0 +1,86 @@
+"""Give one module another class and take it back, without the library noticing.
+
+The new class keeps the old one's `__name__`, `__module__` and `__qualname__`: transformers' output
+recorders, FSDP's wrapping and `_no_split_modules` are keyed on them. Classes are cached, so that
+equal layers share compiled code, and rebuilt by name on unpickling.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from moetk.errors import ReplaceError
+
+
+@functools.cache
+def _extended(original: type, mixins: tuple[type, ...]) -> type:
+    def __reduce_ex__(self: Any, protocol: int) -> tuple[Any, ...]:
+        return _rebuild, (original, mixins), self.__getstate__()
+
+    namespace = {
+        "__module__": original.__module__,
+        "__qualname__": original.__qualname__,
+        "__doc__": original.__doc__,
+        "__reduce_ex__": __reduce_ex__,
+        "_moetk_original": original,
+    }
+    return type(original.__name__, (*mixins, original), namespace)
+
+
+def _rebuild(original: type, mixins: tuple[type, ...]) -> Any:
+    cls = _extended(original, mixins)
+    return cls.__new__(cls)
+
+
+def extend(module: nn.Module, *mixins: type) -> None:
+    """Put `mixins` in front of the module's class, in place.
+
+    accelerate keeps a module's forward on the instance; it is re-pointed. Raises ReplaceError where
+    another library did so and left no way to the class's own forward.
+    """
+    cls = _extended(type(module), mixins)
+    _check_instance_forward(module)
+    module.__class__ = cls
+    _repoint(module)
+
+
+def withdraw(module: nn.Module) -> bool:
+    """Give the module its own class back. False when another class (FSDP2) was put on top since."""
+    original = vars(type(module)).get("_moetk_original")
+    if original is None:
+        return False
+    module.__class__ = original
+    _repoint(module)
+    return True
+
+
+def is_extended(module: nn.Module) -> bool:
+    return hasattr(type(module), "_moetk_original")
+
+
+def own_class(module: nn.Module) -> type:
+    """The class as transformers wrote it: below moetk's and FSDP2's."""
+    for cls in type(module).__mro__:
+        if cls.__module__.startswith("transformers.") and "_moetk_original" not in vars(cls):
+            if not cls.__name__.startswith("FSDP"):
+                return cls
+    return type(module)
+
+
+def _check_instance_forward(module: nn.Module) -> None:
+    if "forward" in vars(module) and "_old_forward" not in vars(module):
+        raise ReplaceError(
+            f"{type(module).__name__} has a forward of its own on the instance (expert parallelism "
+            "of transformers, or a patch): a new class would never be called. Replace before it is "
+            "set, or use moetk.register() and experts_implementation='moetk'."
+        )
+
+
+def _repoint(module: nn.Module) -> None:
+    if "_old_forward" in vars(module):
+        bound: Callable[..., Any] = type(module).forward.__get__(module)
+        vars(module)["_old_forward"] = bound

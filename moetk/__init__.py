@@ -29,7 +29,27 @@ __all__ = [
     "routers",
 ]
 
-if TYPE_CHECKING:  # what editors and mypy read; a test holds it equal to the table below
+_ROOMS = {"controllers", "dispatch", "losses", "metrics", "routers"}
+_MODULE_OF = {
+    "AutoModelForCausalLM": "moetk.auto",
+    "BlockSpec": "moetk.layers.replace",
+    "ExpertBank": "moetk.experts",
+    "ExpertChoice": "moetk.routing",
+    "LinearRouter": "moetk.routers",
+    "MoELayer": "moetk.layers.moe",
+    "MoetkError": "moetk.errors",
+    "Replacement": "moetk.layers.replace",
+    "RouterContext": "moetk.context",
+    "Routing": "moetk.routing",
+    "SoftChoice": "moetk.routing",
+    "TokenChoice": "moetk.routing",
+    "record": "moetk.layers.recording",
+    "register": "moetk.layers.register",
+    "replace_moe": "moetk.layers.replace",
+    "replay": "moetk.layers.recording",
+}
+
+if TYPE_CHECKING:  # what editors and mypy read; a test holds it equal to the tables
     from moetk import controllers, dispatch, losses, metrics, routers
     from moetk.auto import AutoModelForCausalLM
     from moetk.context import RouterContext
@@ -42,25 +62,6 @@ if TYPE_CHECKING:  # what editors and mypy read; a test holds it equal to the ta
     from moetk.routers import LinearRouter
     from moetk.routing import ExpertChoice, Routing, SoftChoice, TokenChoice
 else:  # hidden from type checkers, so that they still flag a name that is not there
-    _ROOMS = {"controllers", "dispatch", "losses", "metrics", "routers"}
-    _MODULE_OF = {
-        "AutoModelForCausalLM": "moetk.auto",
-        "BlockSpec": "moetk.layers.replace",
-        "ExpertBank": "moetk.experts",
-        "ExpertChoice": "moetk.routing",
-        "LinearRouter": "moetk.routers",
-        "MoELayer": "moetk.layers.moe",
-        "MoetkError": "moetk.errors",
-        "Replacement": "moetk.layers.replace",
-        "RouterContext": "moetk.context",
-        "Routing": "moetk.routing",
-        "SoftChoice": "moetk.routing",
-        "TokenChoice": "moetk.routing",
-        "record": "moetk.layers.recording",
-        "register": "moetk.layers.register",
-        "replace_moe": "moetk.layers.replace",
-        "replay": "moetk.layers.recording",
-    }
 
     def __getattr__(name: str) -> Any:
         if name in _ROOMS:

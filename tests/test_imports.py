@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 CORE = ["io", "kernels", "routers", "experts", "dispatch", "losses", "controllers", "metrics"]
-GUESTS = {"accelerate", "jax", "liger_kernel", "matplotlib", "peft", "pyarrow", "transformer_engine"}
+GUESTS = {"accelerate", "jax", "liger_kernel", "matplotlib", "peft", "transformer_engine"}
 
 IMPORT_ALL = """
 import importlib, pkgutil, sys

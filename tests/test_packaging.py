@@ -11,7 +11,6 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 LINKS = {"moetk/layers": "../layers", "moetk/parallel": "../parallel"}
-DATA = {".html", ".typed"}
 
 
 def setuptools_table(root: Path) -> dict[str, dict[str, str]]:
@@ -21,13 +20,12 @@ def setuptools_table(root: Path) -> dict[str, dict[str, str]]:
 
 
 def shipped_files(root: Path) -> set[str]:
-    """The names that a wheel of `root` must hold, with layers/ and parallel/ under moetk/."""
+    """What a wheel of a clean `root` must hold: all of moetk/, with layers/ and parallel/ in it."""
     return {
         str(Path(package.replace(".", "/")) / path.relative_to(root / folder))
         for package, folder in setuptools_table(root)["package-dir"].items()
         for path in (root / folder).rglob("*")
-        if path.suffix in {".py", *DATA} and not path.is_relative_to(root / "moetk/layers")
-        if not path.is_relative_to(root / "moetk/parallel")
+        if path.is_file() and not any(parent.is_symlink() for parent in path.parents)
     }
 
 

@@ -106,6 +106,50 @@ class Arm:
 
 
 @dataclass(frozen=True)
+class CellConfig:
+    """All that one cell depends on beside its seed: not the other arms, nor how they compare."""
+
+    steps: int
+    model: ModelSettings
+    data: DataSettings
+    train: TrainSettings
+    arm: Arm
+
+    @property
+    def lr(self) -> float:
+        return self.train.lr if self.arm.lr is None else self.arm.lr
+
+    def settings(self) -> dict[str, Any]:
+        """As plain JSON values: what the cell's key and row hold."""
+        return {
+            "steps": self.steps,
+            "model": asdict(self.model),
+            "data": asdict(self.data),
+            "train": asdict(self.train),
+            "arm": {"name": self.arm.name, **arm_settings(self.arm)},
+        }
+
+    @classmethod
+    def from_settings(cls, settings: Mapping[str, Any]) -> CellConfig:
+        """The way back, in the cell's process."""
+        arm = settings["arm"]
+        return cls(
+            steps=settings["steps"],
+            model=ModelSettings(**settings["model"]),
+            data=DataSettings(**settings["data"]),
+            train=TrainSettings(**settings["train"]),
+            arm=Arm(
+                name=arm["name"],
+                router=_part(arm["router"], "router"),
+                losses=_parts(arm["losses"], "losses"),
+                controllers=_parts(arm["controllers"], "controllers"),
+                lr=arm["lr"],
+                backend=arm["backend"],
+            ),
+        )
+
+
+@dataclass(frozen=True)
 class Config:
     """A whole sweep. folder: where the TOML lies, and where its "module:function" names resolve;
     it is not part of what was asked for."""
@@ -117,29 +161,23 @@ class Config:
     arms: tuple[Arm, ...]
     folder: Path
 
+    def cell(self, arm: Arm) -> CellConfig:
+        return CellConfig(self.sweep.steps, self.model, self.data, self.train, arm)
+
     def settings(self) -> dict[str, Any]:
-        """The configuration as plain JSON values, arms by name."""
+        """As plain JSON values, arms by name."""
         return {
-            "sweep": _plain(asdict(self.sweep)),
+            "sweep": {**asdict(self.sweep), "seeds": list(self.sweep.seeds)},
             "model": asdict(self.model),
             "data": asdict(self.data),
             "train": asdict(self.train),
             "arms": {arm.name: arm_settings(arm) for arm in self.arms},
         }
 
-    def cell_settings(self, arm: Arm) -> dict[str, Any]:
-        """What one cell of this arm depends on: not the other arms, nor how they are compared."""
-        everything = self.settings()
-        return {
-            "steps": self.sweep.steps,
-            "arm": {"name": arm.name, **everything["arms"][arm.name]},
-            **{table: everything[table] for table in ("model", "data", "train")},
-        }
-
     def limited(self, steps: int) -> Config:
-        """The same sweep with at most this many steps."""
+        """The same sweep with at most this many steps. Raises ConfigError below one."""
         if steps < 1:
-            raise ConfigError(f"--limit-steps {steps}: at least 1 step is needed.")
+            raise ConfigError(f"--limit-steps {steps}; allowed: 1 or more.")
         return replace(self, sweep=replace(self.sweep, steps=min(steps, self.sweep.steps)))
 
 
@@ -357,7 +395,3 @@ def _choice(where: str, value: str, names: Sequence[str]) -> None:
 
 def _printable(name: str) -> bool:
     return 0 < len(name) <= 60 and all(c.isalnum() or c in "-_." for c in name)
-
-
-def _plain(value: dict[str, Any]) -> dict[str, Any]:
-    return {key: list(item) if isinstance(item, tuple) else item for key, item in value.items()}

@@ -21,6 +21,13 @@ class World:
     data: Mapping[str, Any]
     code: Mapping[str, Any]
 
+    def covers(self, code: Mapping[str, Any]) -> bool:
+        """Whether a process that runs `code` runs this, or less of the user's modules."""
+        known = self.code["modules"]
+        return all(code[part] == self.code[part] for part in ("moetk", "versions")) and all(
+            known.get(name) == checksum for name, checksum in code["modules"].items()
+        )
+
     def brief(self) -> dict[str, Any]:
         """The code with moetk's files as one checksum: what a row carries."""
         return {**self.code, "moetk": sha256(canonical(self.code["moetk"]))}
@@ -54,7 +61,7 @@ def plan_cells(config: Config, world: World) -> list[Cell]:
     cells = []
     for seed in config.sweep.seeds:
         for arm in config.arms:
-            settings = config.cell_settings(arm)
+            settings = config.cell(arm).settings()
             cells.append(Cell(cell_key(settings, seed, world), arm.name, seed, settings))
     return cells
 

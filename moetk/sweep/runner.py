@@ -116,7 +116,7 @@ class Crew:
         wrong name costs seconds, not a night. Raises ConfigError with the cell's own words."""
         job = {
             "do": "describe",
-            "cells": [self.config.cell_settings(arm) for arm in self.config.arms],
+            "cells": [self.config.cell(arm).settings() for arm in self.config.arms],
         }
         log = self.store.root / "logs" / "describe.txt"
         said, error, _ = self._talk(job, log, lambda event: None)
@@ -133,6 +133,8 @@ class Crew:
             "key": cell.key,
             "settings": cell.settings,
             "seed": cell.seed,
+            "data": world.data,
+            "code": world.code,
         }
         start = time.monotonic()
         _, error, late = self._talk(job, self.store.log(cell), partial(watch.step, cell))

@@ -1,0 +1,1 @@
+"""Equivalence: the pass rule, and a replaced model held against the stock one."""

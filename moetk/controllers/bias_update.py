@@ -84,7 +84,7 @@ class BiasUpdate:
         """
         if not isinstance(routing, TokenChoice):
             raise UnsupportedRoutingError(
-                f"BiasUpdate counts what tokens chose; a {type(routing).__name__} is balanced by "
+                f"BiasUpdate counts what tokens chose; this {type(routing).__name__} is balanced by "
                 "construction. Leave the controller out."
             )
         used_TK = routing.experts_TK >= 0

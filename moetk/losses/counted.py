@@ -74,7 +74,7 @@ def as_token_choice(routing: Routing, reader: str) -> TokenChoice:
     """The routing, where tokens choose; raises UnsupportedRoutingError where they do not."""
     if not isinstance(routing, TokenChoice):
         raise UnsupportedRoutingError(
-            f"{reader} counts the experts that tokens chose, and a "
+            f"{reader} counts the experts that tokens chose, and this "
             f"{type(routing).__name__} is balanced by construction. Leave this loss out."
         )
     return routing

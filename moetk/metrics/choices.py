@@ -23,11 +23,12 @@ def chosen(routing: Routing) -> tuple[Tensor, Tensor]:
         rows_T = torch.arange(ids_TK.shape[0], device=ids_TK.device)
         return ids_TK.flatten(), rows_T[:, None].expand_as(ids_TK).flatten()
     if isinstance(routing, ExpertChoice):
-        ids_EC = routing.tokens_EC
+        # Without tokens every place is empty, and an empty place has no row to point to.
+        ids_EC = routing.tokens_EC if routing.num_tokens else routing.tokens_EC[:, :0]
         rows_E = torch.arange(ids_EC.shape[0], device=ids_EC.device)
         return rows_E[:, None].expand_as(ids_EC).flatten(), ids_EC.flatten()
     raise UnsupportedRoutingError(
-        f"A {type(routing).__name__} uses every expert for every token: there is nothing to count."
+        f"This {type(routing).__name__} uses every expert for every token: there is nothing to count."
     )
 
 

@@ -25,7 +25,7 @@ def tokens_per_expert(routing: Routing, ctx: RouterContext | None = None) -> Ten
     experts_N, tokens_N = chosen(routing)
     ones_N = (experts_N >= 0) & (tokens_N >= 0)
     unmasked_T = unmasked_tokens(routing, ctx)
-    if unmasked_T is not None and ones_N.numel():
+    if unmasked_T is not None:
         ones_N = ones_N & unmasked_T[tokens_N.clamp(min=0)]
     counts_E = experts_N.new_zeros(routing.num_experts)
     return counts_E.scatter_add(0, experts_N.clamp(min=0), ones_N.long())

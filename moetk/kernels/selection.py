@@ -47,13 +47,19 @@ def _largest_on_cpu(x_RN: Tensor, k: int) -> Tensor:
     # A full sort costs three times a topk here, and looking at a value costs no wait: sort only
     # the rows where two of the first k + 1 values are equal (or NaN, which is never greater).
     values, ids = x_RN.detach().topk(min(k + 1, x_RN.shape[1]))
-    ids = ids[:, :k]
-    tied_R = (~(values[:, :-1] > values[:, 1:])).any(-1)
-    if bool(tied_R.any()):
-        rows = tied_R.nonzero()[:, 0]
+    ids, falls = ids[:, :k], values[:, :-1] > values[:, 1:]
+    if not bool(falls.all()):
+        rows = (~falls).any(-1).nonzero()[:, 0]
         ordered = torch.sort(x_RN.detach()[rows], dim=-1, descending=True, stable=True).indices
         ids = ids.index_copy(0, rows, ordered[:, :k])
     return ids
+
+
+def _surely_used(experts_TK: Tensor) -> bool:
+    """True where no slot is -1 and knowing it costs no wait."""
+    if experts_TK.device.type != "cpu" or torch.compiler.is_compiling():
+        return False
+    return experts_TK.numel() == 0 or int(experts_TK.min()) >= 0
 
 
 def top_k(choice_TE: Tensor, k: int, ctx: RouterContext, tie: Tie = "low") -> Tensor:
@@ -102,12 +108,16 @@ def in_order(x_TK: Tensor, order_TK: Tensor | None) -> Tensor:
 
 def gather(scores_TE: Tensor, experts_TK: Tensor) -> Tensor:
     """The scores of the chosen experts, (T, K), in the dtype of the scores; 0 at id -1."""
+    if _surely_used(experts_TK):
+        return scores_TE.gather(1, experts_TK)
     chosen_TK = scores_TE.gather(1, experts_TK.clamp(min=0))
     return chosen_TK.masked_fill(experts_TK < 0, 0)
 
 
 def softmax_over(logits_TE: Tensor, experts_TK: Tensor) -> Tensor:
     """Softmax over the chosen logits alone, (T, K), in the dtype of the logits; 0 at id -1."""
+    if _surely_used(experts_TK):
+        return logits_TE.gather(1, experts_TK).softmax(-1)
     unused_TK = experts_TK < 0
     lowest = torch.finfo(logits_TE.dtype).min  # finite: a row of nothing but -1 is 0, not NaN
     chosen_TK = logits_TE.gather(1, experts_TK.clamp(min=0)).masked_fill(unused_TK, lowest)
@@ -119,7 +129,7 @@ def normalise(weights_TK: Tensor, eps: float = 0.0) -> Tensor:
     total_T1 = weights_TK.sum(-1, keepdim=True)
     if eps:
         total_T1 = total_T1 + eps
-    return weights_TK / total_T1.clamp(min=torch.finfo(weights_TK.dtype).tiny)
+    return weights_TK / (total_T1 + (total_T1 == 0))
 
 
 def best_two(choice_TGM: Tensor) -> Tensor:
@@ -159,7 +169,7 @@ def in_best_groups(
 def expert_capacity(num_tokens: int, k: int, num_experts: int, factor: float) -> int:
     """ceil(factor * num_tokens * k / num_experts), with the factor taken as the decimal it prints.
 
-    In binary 1.1 * 10 is a little more than 11, and its ceiling would be 12.
+    In binary 1.1 * 50 is a little more than 55, and its ceiling would be 56.
     """
     if not (math.isfinite(factor) and factor > 0):
         raise RouterConfigError(f"capacity_factor={factor}; need a finite number above 0.")

@@ -7,7 +7,7 @@ A row is data. Its router is a catalogue class whose forward runs on the family'
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -43,6 +43,19 @@ class Gate:
     hf_aux: bool = True
 
 
+# Rows travel with a pickled model, so what they hold is named in this module: no lambda.
+def _gated(experts: Any) -> Activation:
+    return Gated(_act(experts))
+
+
+def _clamped_gated(experts: Any) -> Activation:
+    return ClampedGated(experts.limit, _act(experts))
+
+
+def _gpt_oss_gated(experts: Any) -> Activation:
+    return GptOssGated(experts.alpha, experts.limit)
+
+
 @dataclass(frozen=True)
 class Family:
     """A block class of transformers. `gates` maps gate class names to their routers."""
@@ -52,9 +65,7 @@ class Family:
     gates: Mapping[str, Gate]
     router: str = "gate"
     experts: str = "experts"
-    activation: Callable[[nn.Module], Activation] = field(
-        default=lambda experts: Gated(_act(experts))
-    )
+    activation: Callable[[nn.Module], Activation] = _gated
 
     def gate_row(self, gate: nn.Module) -> Gate:
         return self.gates[own_class(gate).__name__]
@@ -107,15 +118,23 @@ def _returns_logits_first(gate_class: type) -> bool:
     return last.split(",")[0].strip() == "router_logits"
 
 
-def _softmax_top_k(renormalise: bool | None = None, weight_dtype: Any = "model") -> Gate:
-    def settings(gate: nn.Module) -> dict[str, Any]:
-        flag = gate.norm_topk_prob if renormalise is None else renormalise
-        return {"renormalise": bool(flag)}
-
-    return Gate(MixtralRouter, settings, weight_dtype)
+def _norm_topk_prob(gate: Any) -> dict[str, Any]:
+    return {"renormalise": bool(gate.norm_topk_prob)}
 
 
-def _deepseek_v3(gate: nn.Module) -> dict[str, Any]:
+def _mixtral(gate: Any) -> dict[str, Any]:
+    return {"renormalise": True}
+
+
+def _gpt_oss(gate: Any) -> dict[str, Any]:
+    return {"score_dtype": None}
+
+
+def _granitemoe(gate: Any) -> dict[str, Any]:
+    return {"score_dtype": torch.float32}
+
+
+def _deepseek_v3(gate: Any) -> dict[str, Any]:
     return {
         "groups": gate.num_group,
         "top_groups": gate.topk_group,
@@ -125,23 +144,24 @@ def _deepseek_v3(gate: nn.Module) -> dict[str, Any]:
     }
 
 
-def _deepseek_v4(gate: nn.Module) -> dict[str, Any]:
+def _deepseek_v4(gate: Any) -> dict[str, Any]:
     return {"scale": gate.routed_scaling_factor, "score_dtype": None}
 
 
+_SOFTMAX_TOP_K = Gate(MixtralRouter, _norm_topk_prob, "model")
 _V4 = {
     "DeepseekV4TopKRouter": Gate(DeepSeekV4Router, _deepseek_v4, None),
     "DeepseekV4HashRouter": Gate(DeepSeekV4HashRouter, _deepseek_v4, None),
 }
 
 FAMILIES: tuple[Family, ...] = (
-    Family("qwen3_moe", "Qwen3MoeSparseMoeBlock", {"Qwen3MoeTopKRouter": _softmax_top_k()}),
-    Family("qwen3_next", "Qwen3NextSparseMoeBlock", {"Qwen3NextTopKRouter": _softmax_top_k()}),
-    Family("olmoe", "OlmoeSparseMoeBlock", {"OlmoeTopKRouter": _softmax_top_k()}),
+    Family("qwen3_moe", "Qwen3MoeSparseMoeBlock", {"Qwen3MoeTopKRouter": _SOFTMAX_TOP_K}),
+    Family("qwen3_next", "Qwen3NextSparseMoeBlock", {"Qwen3NextTopKRouter": _SOFTMAX_TOP_K}),
+    Family("olmoe", "OlmoeSparseMoeBlock", {"OlmoeTopKRouter": _SOFTMAX_TOP_K}),
     Family(
         "mixtral",
         "MixtralSparseMoeBlock",
-        {"MixtralTopKRouter": _softmax_top_k(renormalise=True, weight_dtype=None)},
+        {"MixtralTopKRouter": Gate(MixtralRouter, _mixtral, None)},
     ),
     Family(
         "deepseek_v3",
@@ -152,23 +172,19 @@ FAMILIES: tuple[Family, ...] = (
         "deepseek_v4",
         "DeepseekV4SparseMoeBlock",
         _V4,
-        activation=lambda experts: ClampedGated(experts.limit, _act(experts)),  # type: ignore[arg-type]
+        activation=_clamped_gated,
     ),
     Family(
         "gpt_oss",
         "GptOssMLP",
-        {"GptOssTopKRouter": Gate(GptOssRouter, lambda gate: {"score_dtype": None}, "model")},
+        {"GptOssTopKRouter": Gate(GptOssRouter, _gpt_oss, "model")},
         router="router",
-        activation=lambda experts: GptOssGated(experts.alpha, experts.limit),  # type: ignore[arg-type]
+        activation=_gpt_oss_gated,
     ),
     Family(
         "granitemoe",
         "GraniteMoeMoE",
-        {
-            "GraniteMoeTopKRouter": Gate(
-                GptOssRouter, lambda gate: {"score_dtype": torch.float32}, "model"
-            )
-        },
+        {"GraniteMoeTopKRouter": Gate(GptOssRouter, _granitemoe, "model")},
         router="router",
     ),
 )

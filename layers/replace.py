@@ -427,14 +427,14 @@ def _hook(replacement: Replacement, root: nn.Module) -> None:
     base = root.base_model
     handles = [
         base.register_forward_pre_hook(
-            OpenBase(carrier, inspect.signature(type(base).forward)), with_kwargs=True
+            OpenBase(carrier, inspect.signature(base.forward)), with_kwargs=True
         ),
         base.register_forward_hook(CloseBase(carrier), always_call=True),
     ]
     if base is not root:
         handles += [
             root.register_forward_pre_hook(
-                OpenModel(carrier, inspect.signature(type(root).forward)), with_kwargs=True
+                OpenModel(carrier, inspect.signature(root.forward)), with_kwargs=True
             ),
             root.register_forward_hook(CloseModel(carrier), with_kwargs=True, always_call=True),
         ]

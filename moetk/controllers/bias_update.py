@@ -84,8 +84,8 @@ class BiasUpdate:
         """
         if not isinstance(routing, TokenChoice):
             raise UnsupportedRoutingError(
-                f"BiasUpdate counts what tokens chose; this {type(routing).__name__} is balanced by "
-                "construction. Leave the controller out."
+                f"BiasUpdate counts what tokens chose, and this {type(routing).__name__} is "
+                "balanced by construction. Leave the controller out."
             )
         used_TK = routing.experts_TK >= 0
         if ctx.token_mask is not None:

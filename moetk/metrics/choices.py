@@ -28,7 +28,8 @@ def chosen(routing: Routing) -> tuple[Tensor, Tensor]:
         rows_E = torch.arange(ids_EC.shape[0], device=ids_EC.device)
         return rows_E[:, None].expand_as(ids_EC).flatten(), ids_EC.flatten()
     raise UnsupportedRoutingError(
-        f"This {type(routing).__name__} uses every expert for every token: there is nothing to count."
+        f"This {type(routing).__name__} uses every expert for every token: nothing is chosen or "
+        "dropped, and there is nothing to count."
     )
 
 

@@ -38,7 +38,7 @@ def normal_like(t: Tensor, ctx: RouterContext, draw: int = 0) -> Tensor:
 
 
 def jitter(x_TH: Tensor, eps: float, ctx: RouterContext, draw: int = 0) -> Tensor:
-    """x_TH times uniform noise in [1 - eps, 1 + eps), a new tensor (arXiv 2101.03961, section 2.4).
+    """x_TH times uniform noise in [1 - eps, 1 + eps), a new tensor (arXiv 2101.03961).
 
     In float32 or wider: around 1 bfloat16 has steps of 0.4% to 0.8%, too coarse for an eps of 0.01.
     Raises MissingContextError when ctx.seed is None.

@@ -12,7 +12,7 @@ from moetk.routing import SoftChoice
 
 class SoftMoERouter(nn.Module):
     """Every slot is a mixture of all tokens of a sequence, every token of all slots.
-    arXiv 2308.00951, algorithm 1 and equation 4 (both sides normalised, one learned scale)
+    arXiv 2308.00951, algorithm 1, tokens and phi normalised, with one learned scale
 
     slots: of one expert. Padding (ctx.token_mask) is mixed into no slot. Not causal.
     Raises MissingContextError for a packed batch, where one sequence would leak into another, and
@@ -45,8 +45,9 @@ class SoftMoERouter(nn.Module):
                 f"(T, H={self.phi_PH.shape[1]})."
             )
         batch, length = sequences(ctx, len(x_TH))
-        x_BSH = normalize(x_TH.float(), dim=-1).view(batch, length, x_TH.shape[1])
-        logits_BSP = x_BSH @ (self.scale * normalize(self.phi_PH, dim=-1)).T.to(x_BSH.dtype)
+        dtype = torch.promote_types(x_TH.dtype, torch.float32)
+        x_BSH = normalize(x_TH.to(dtype), dim=-1).view(batch, length, x_TH.shape[1])
+        logits_BSP = x_BSH @ (self.scale * normalize(self.phi_PH.to(dtype), dim=-1)).T
         dispatch_BSP = _softmax_over_tokens(logits_BSP, ctx.token_mask)
         return SoftChoice(dispatch_BSP, logits_BSP.softmax(2), self.num_experts)
 

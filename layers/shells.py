@@ -120,7 +120,7 @@ class RouterShell:
             routing = site.gate_row.router.forward(self, x_TH, ctx)  # type: ignore[arg-type]
             if site.gate_row.weight_dtype == "model":
                 routing = replace(routing, weights_TK=routing.weights_TK.to(x_TH.dtype))
-            duplicates = getattr(site.gate_row.router, "duplicates", False)
+            duplicates = True  # the catalogue's selections are distinct by construction, or mean it
         else:
             ctx = _guarded(ctx, x_TH)
             routing = router(x_TH, ctx)

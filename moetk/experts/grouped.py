@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from moetk.experts.spec import BankSpec, BankWeights
+from moetk.kernels.gather_sum import gather_sum
 from moetk.kernels.grouped_mm import grouped_mm, grouped_outer
 from moetk.kernels.sort_plan import SortPlan, sort_plan
 from moetk.routing import ExpertChoice, Routing, SoftChoice, TokenChoice
@@ -76,16 +77,14 @@ def _bias_gradient(dy_NB: Tensor, plan: SortPlan, num_experts: int) -> Tensor:
     return grouped_outer(ones_N1, dy_NB, plan.offsets_E)[:, 0]
 
 
-def _spread(rows_NB: Tensor, plan: SortPlan) -> Tensor:
-    """Rows back in the order of the choices: (N, B) -> (T, K, B)."""
-    flat = rows_NB.index_select(0, plan.slot_TK.flatten())
-    return flat.view(*plan.slot_TK.shape, rows_NB.shape[1])
+def _spread(values_N: Tensor, plan: SortPlan) -> Tensor:
+    """One value a row, back in the order of the choices: (N,) -> (T, K)."""
+    return values_N.index_select(0, plan.slot_TK.flatten()).view(plan.slot_TK.shape)
 
 
 def _sorted(values_TK: Tensor, plan: SortPlan) -> Tensor:
     """One value a choice, in row order: (T, K) -> (N,)."""
-    out_N = torch.empty_like(values_TK).flatten()
-    return out_N.scatter_(0, plan.slot_TK.flatten().long(), values_TK.flatten())
+    return values_TK.flatten().index_select(0, plan.choice_N)
 
 
 class _GatherUp(torch.autograd.Function):
@@ -119,11 +118,10 @@ class _GatherUp(torch.autograd.Function):
         dx_TH = dscale_TK = dup = dbias = None
         if need[0] or need[1]:
             dx_NH = grouped_mm(dh_NJ, up.transpose(1, 2) if ctx.transposed else up, plan.offsets_E)
-            dx_TKH = _spread(dx_NH, plan)
             if scale_TK is not None:
-                dscale_TK = torch.einsum("tkh,th->tk", dx_TKH, x_TH).to(scale_TK.dtype)
-                dx_TKH = dx_TKH * scale_TK[..., None]
-            dx_TH = dx_TKH.sum(1).to(x_TH.dtype)
+                dscale_N = (dx_NH * x_TH.index_select(0, plan.source_N)).sum(-1)
+                dscale_TK = _spread(dscale_N, plan).to(scale_TK.dtype)
+            dx_TH = gather_sum(dx_NH, plan.slot_TK, scale_TK).to(x_TH.dtype)
         if need[2]:
             rows_NH = x_TH.index_select(0, plan.source_N)
             if scale_TK is not None:
@@ -151,12 +149,9 @@ class _DownCombine(torch.autograd.Function):
         o_NH = grouped_mm(a_NI, down if transposed else down.transpose(1, 2), plan.offsets_E)
         if down_bias is not None:
             o_NH = _add_bias(o_NH, down_bias, plan)
-        o_TKH = _spread(o_NH, plan)
-        if weights_TK is not None:
-            o_TKH = o_TKH * weights_TK[..., None]
         ctx.save_for_backward(a_NI, weights_TK, down, down_bias)
         ctx.plan, ctx.transposed = plan, transposed
-        return o_TKH.sum(1)
+        return gather_sum(o_NH, plan.slot_TK, weights_TK)
 
     @staticmethod
     @once_differentiable
@@ -182,8 +177,7 @@ class _DownCombine(torch.autograd.Function):
                     dw_N = dw_N + (_add_bias(torch.zeros_like(dy_NH), down_bias, plan) * dy_NH).sum(
                         -1
                     )
-                dw_TK = dw_N.index_select(0, plan.slot_TK.flatten()).view_as(weights_TK)
-                dweights_TK = dw_TK.to(weights_TK.dtype)
+                dweights_TK = _spread(dw_N, plan).to(weights_TK.dtype)
             if need[0]:
                 assert da_NI is not None
                 da_NI = (da_NI * w_N1).to(a_NI.dtype)

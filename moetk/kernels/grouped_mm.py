@@ -16,7 +16,7 @@ def grouped_mm(x_NA: Tensor, weight_EAB: Tensor, offsets_E: Tensor) -> Tensor:
 
     offsets_E: int32, where each expert's rows end, not decreasing. Both operands share one dtype.
     """
-    if _has_device_kernel(x_NA):
+    if _torch_kernel_takes(x_NA, weight_EAB):
         y_NB = F.grouped_mm(x_NA, weight_EAB, offs=offsets_E)
         return _zero_tail(y_NB, offsets_E)
     if torch.compiler.is_compiling():
@@ -29,20 +29,28 @@ def grouped_outer(x_NA: Tensor, y_NB: Tensor, offsets_E: Tensor) -> Tensor:
 
     The gradient of `grouped_mm` for its weights. An expert without rows gets zeros.
     """
-    if _has_device_kernel(x_NA):
+    if _torch_kernel_takes(x_NA, y_NB):
         return F.grouped_mm(x_NA.t(), y_NB, offs=offsets_E)
     if torch.compiler.is_compiling():
         return torch.ops.moetk.grouped_outer(x_NA, y_NB, offsets_E)  # type: ignore[no-any-return]
     return _grouped_outer_loop(x_NA, y_NB, offsets_E)
 
 
-def _has_device_kernel(x: Tensor) -> bool:
-    """torch's grouped kernel takes bf16 on the device only; on the CPU a loop is as fast."""
-    return x.is_cuda and x.dtype == torch.bfloat16 and x.shape[0] > 0
+def _torch_kernel_takes(left: Tensor, right: Tensor) -> bool:
+    """torch's kernel takes bf16 on the device, fp32 and bf16 on the CPU, and rows of whole 16 bytes;
+    inductor compiles it in bf16 only."""
+    bf16 = left.dtype == torch.bfloat16
+    on_cpu = left.device.type == "cpu" and left.dtype == torch.float32
+    if not (bf16 or (on_cpu and not torch.compiler.is_compiling())) or left.numel() == 0:
+        return False
+    return all(size * left.element_size() % 16 == 0 for size in (left.shape[1], *right.shape[1:]))
 
 
 def _zero_tail(y_NB: Tensor, offsets_E: Tensor) -> Tensor:
     # The kernel leaves rows behind the last offset unwritten.
+    if y_NB.device.type == "cpu" and not torch.compiler.is_compiling():
+        y_NB[int(offsets_E[-1]) :].zero_()
+        return y_NB
     rows_N = torch.arange(y_NB.shape[0], device=y_NB.device, dtype=torch.int32)
     return y_NB.masked_fill_((rows_N >= offsets_E[-1])[:, None], 0)
 

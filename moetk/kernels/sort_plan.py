@@ -15,11 +15,12 @@ from torch import Tensor
 class SortPlan:
     """Assignments in expert order. N is always T*K, so no step waits for a count.
 
-    source_N: int32, the token of each row. slot_TK: int32, the row of each (token, choice).
-    offsets_E: int32, where each expert's rows end. Rows behind offsets_E[-1] belong to unused or
+    choice_N: int32, the flat (token, choice) of each row. source_N: int32, its token.
+    slot_TK: int32, the row of each (token, choice). offsets_E: int32, where each expert's rows end. Rows behind offsets_E[-1] belong to unused or
     dropped choices; nothing computes them.
     """
 
+    choice_N: Tensor
     source_N: Tensor
     slot_TK: Tensor
     offsets_E: Tensor
@@ -37,17 +38,17 @@ def sort_plan(experts_TK: Tensor, kept_TK: Tensor | None, num_experts: int) -> S
     None = all) drops.
     """
     num_choices = experts_TK.shape[1]
-    ids_N = experts_TK.flatten()
-    unused_N = (ids_N < 0) | (ids_N >= num_experts)
+    # -1 and whatever lies above the real experts become the last key, in two operations.
+    keys_N = experts_TK.flatten().clamp(max=num_experts).remainder(num_experts + 1)
     if kept_TK is not None:
-        unused_N = unused_N | ~kept_TK.flatten()
+        keys_N = keys_N.masked_fill(~kept_TK.flatten(), num_experts)
     # 16-bit keys where they fit: a radix sort on the device takes half the passes.
     key_dtype = torch.int16 if num_experts < 2**15 else torch.int32
-    keys_N = ids_N.masked_fill(unused_N, num_experts).to(key_dtype)
-    sorted_N, order_N = keys_N.sort(stable=True)
-    experts_E = torch.arange(num_experts, device=ids_N.device, dtype=key_dtype)
+    sorted_N, order_N = keys_N.to(key_dtype).sort(stable=True)
+    experts_E = torch.arange(num_experts, device=keys_N.device, dtype=key_dtype)
     offsets_E = torch.searchsorted(sorted_N, experts_E, right=True, out_int32=True)
-    rows_N = torch.arange(ids_N.numel(), device=ids_N.device, dtype=torch.int32)
+    choice_N = order_N.to(torch.int32)
+    rows_N = torch.arange(keys_N.numel(), device=keys_N.device, dtype=torch.int32)
     slot_N = torch.empty_like(rows_N).scatter_(0, order_N, rows_N)
-    source_N = (order_N // max(num_choices, 1)).to(torch.int32)
-    return SortPlan(source_N, slot_N.view(experts_TK.shape), offsets_E)
+    source_N = choice_N if num_choices == 1 else choice_N // max(num_choices, 1)
+    return SortPlan(choice_N, source_N, slot_N.view(experts_TK.shape), offsets_E)

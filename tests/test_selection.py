@@ -11,7 +11,6 @@ from torch import Tensor
 
 from moetk.context import RouterContext
 from moetk.errors import (
-    MissingContextError,
     MoeShapeError,
     ReplayError,
     RouterConfigError,
@@ -23,9 +22,7 @@ from moetk.routers import (
     gather,
     in_best_groups,
     in_order,
-    jitter,
     largest,
-    normal_like,
     normalise,
     random_table,
     softmax_over,
@@ -365,44 +362,6 @@ class TestTopTokens:
         ctx = RouterContext(replay=torch.zeros(4, 2, dtype=torch.int64))
         with pytest.raises(ReplayError, match=re.escape("ctx.replay (4, 2) names experts")):
             top_tokens(torch.zeros(4, 2), 1, ctx)
-
-
-class TestNoise:
-    def test_the_context_alone_decides(self):
-        x_TH = rows(0, 4, 3)
-        for draw in (normal_like, lambda t, ctx, draw=0: jitter(t, 0.1, ctx, draw)):
-            first = draw(x_TH, RouterContext(seed=7))
-            torch.randn(3)  # a draw elsewhere changes nothing
-            assert torch.equal(first, draw(x_TH, RouterContext(seed=7)))
-            others = [
-                draw(x_TH, RouterContext(seed=8)),
-                draw(x_TH, RouterContext(seed=7 + 2**40)),
-                draw(x_TH, RouterContext(seed=7), 1),
-            ]
-            assert not any(torch.equal(first, other) for other in others)
-
-    def test_the_global_generator_is_left_alone(self):
-        before = torch.get_rng_state()
-        normal_like(rows(0, 4, 3), RouterContext(seed=7))
-        assert torch.equal(before, torch.get_rng_state())
-
-    def test_jitter_multiplies_within_its_bounds_and_writes_elsewhere(self):
-        x_TH = torch.ones(200, 50, dtype=torch.bfloat16)
-        noisy_TH = jitter(x_TH, 0.1, RouterContext(seed=0))
-        assert noisy_TH.dtype == torch.float32 and (x_TH == 1).all()
-        assert 0.9 <= float(noisy_TH.min()) < 0.901 and 1.099 < float(noisy_TH.max()) <= 1.1
-        assert float(noisy_TH.mean()) == pytest.approx(1, abs=0.003)
-
-    def test_normal_noise_is_standard_and_in_the_dtype_asked_for(self):
-        noise = normal_like(torch.empty(100, 100, dtype=torch.float64), RouterContext(seed=0))
-        assert noise.dtype == torch.float64
-        assert float(noise.mean()) == pytest.approx(0, abs=0.03)
-        assert float(noise.std()) == pytest.approx(1, abs=0.03)
-
-    def test_no_seed_raises(self):
-        for draw in (lambda t: normal_like(t, CTX), lambda t: jitter(t, 0.1, CTX)):
-            with pytest.raises(MissingContextError, match=r"needs ctx\.seed, which is None"):
-                draw(rows(0, 4, 3))
 
 
 class TestTable:

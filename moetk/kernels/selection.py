@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from fractions import Fraction
 from typing import Literal, TypeAlias
 
 import torch
@@ -167,13 +166,15 @@ def in_best_groups(
 
 
 def expert_capacity(num_tokens: int, k: int, num_experts: int, factor: float) -> int:
-    """ceil(factor * num_tokens * k / num_experts), with the factor taken as the decimal it prints.
+    """ceil(factor * num_tokens * k / num_experts), with the factor taken to six decimals.
 
-    In binary 1.1 * 50 is a little more than 55, and its ceiling would be 56.
+    In whole numbers: in binary 1.1 * 50 is a little more than 55, and its ceiling would be 56.
+    Raises RouterConfigError when the factor is below 1e-6 or not finite.
     """
-    if not (math.isfinite(factor) and factor > 0):
+    if not (math.isfinite(factor) and factor >= 1e-6):
         raise RouterConfigError(f"capacity_factor={factor}; need a finite number above 0.")
-    return math.ceil(Fraction(str(factor)) * num_tokens * k / num_experts)
+    millionths = round(factor * 1_000_000)
+    return -(-millionths * num_tokens * k // (1_000_000 * num_experts))
 
 
 def within_capacity(

@@ -114,7 +114,7 @@ def spread(model: nn.Module) -> None:
     for name, buffer in model.named_buffers():
         if name.endswith("tid2eid"):
             # A real table, with some tokens that name one expert twice.
-            rows = torch.stack([torch.randperm(E)[:K] for _ in range(len(buffer))])
+            rows = torch.stack([torch.randperm(E)[: buffer.shape[1]] for _ in buffer])
             rows[::7, 1] = rows[::7, 0]
             buffer.copy_(rows)
         elif name.endswith("e_score_correction_bias"):

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from moetk.context import RouterContext
-from moetk.record import Recording
+from moetk.recorded import Recording
 from moetk.routing import Routing
 
 VISIT = "_moetk_visit"

@@ -11,7 +11,7 @@ from torch import nn
 from moetk.errors import ReplayError, UnsupportedRoutingError
 from moetk.layers.carrier import Carrier
 from moetk.layers.replace import replacement_of
-from moetk.record import Recording
+from moetk.recorded import Recording
 from moetk.routing import Routing, TokenChoice
 
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from moetk.equivalence.judge import Choices, Verdict, compare_choices, judge, relative_error
 from moetk.layers.recording import record, replay
 from moetk.layers.replace import replace_moe
-from moetk.record import Recording
+from moetk.recorded import Recording
 from moetk.routing import TokenChoice
 
 PARITY = 1e-10

@@ -182,7 +182,7 @@ class Attachment:
 
 class _Inject(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         y: Tensor,
         total: Tensor,
@@ -198,7 +198,7 @@ class _Inject(torch.autograd.Function):
         return y.view_as(y)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         attachment: Attachment = ctx.attachment
         observed = ctx.saved_tensors
         start = 0

@@ -55,8 +55,8 @@ class Visit:
     def __deepcopy__(self, memo: dict[int, Any]) -> Visit:
         return self
 
-    def context(self, layer: int, where: str) -> RouterContext:
-        """The router's view of this visit."""
+    def context(self, layer: int, index: int, where: str) -> RouterContext:
+        """The router's view of this visit: decoder layer `layer`, MoE layer `index`."""
         forward = self.forward
         replay = None if forward.replay is None else forward.replay[layer]
         return RouterContext(
@@ -65,7 +65,7 @@ class Visit:
             token_mask=forward.token_mask,
             label_mask=forward.label_mask,
             batch_shape=forward.batch_shape,
-            previous=forward.previous.get(layer - 1),
+            previous=forward.previous.get(index - 1),
             replay=None if replay is None else getattr(replay, "experts_TK", None),
             seed=None if forward.seed is None else mix(forward.seed, layer, self.call),
             where=where,

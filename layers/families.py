@@ -79,7 +79,7 @@ class Family:
     def spec(self, experts: nn.Module) -> BankSpec:
         """The bank's function, read off the experts module."""
         transposed = bool(getattr(experts, "is_transposed", False))
-        num_experts, rows, columns = experts.gate_up_proj.shape
+        num_experts, rows, columns = bank_weights(experts).up.shape
         hidden, width = (rows, columns) if transposed else (columns, rows)
         return BankSpec(
             num_experts,
@@ -107,11 +107,7 @@ def _act(experts: nn.Module) -> Callable[..., Any]:
     return torch.nn.functional.silu if isinstance(act, nn.SiLU) else act
 
 
-def _is_silu(act: Any) -> bool:
-    return type(act).__name__ in ("SiLU", "SiLUActivation")
-
-
-def _returns_logits_first(gate_class: type) -> bool:
+def _returns_logits_first(gate_class: Any) -> bool:
     import inspect
 
     last = inspect.getsource(gate_class.forward).rsplit("return", 1)[-1]

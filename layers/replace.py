@@ -224,8 +224,10 @@ def replace_moe(
     routers = [_build(router, spec) for spec in _specs(found, root)]
     label = _label(routers)
     sites = [
-        _site(item, made, carrier, losses, controllers, backend, dispatcher, aux_scale, check)
-        for item, made in zip(found, routers, strict=True)
+        _site(
+            index, item, made, carrier, losses, controllers, backend, dispatcher, aux_scale, check
+        )
+        for index, (item, made) in enumerate(zip(found, routers, strict=True))
     ]
     carrier.refuse_hf_aux = _refusal(sites, routers)
     replacement = Replacement(root, carrier, sites, found)
@@ -246,7 +248,7 @@ def replace_moe(
     return replacement
 
 
-def _root(model: nn.Module) -> nn.Module:
+def _root(model: nn.Module) -> Any:
     """The transformers model below wrappers."""
     from transformers import PreTrainedModel
 
@@ -368,6 +370,7 @@ def _name_of(made: Router) -> str:
 
 
 def _site(
+    index: int,
     item: _Found,
     made: Router | None,
     carrier: Carrier,
@@ -382,7 +385,8 @@ def _site(
         raise BackendError('backend="stock" runs transformers\' own experts: dispatcher=None.')
     return Site(
         name=item.name,
-        layer=_layer_index(item.layer_name, 0),
+        layer=_layer_index(item.layer_name, index),
+        index=index,
         family=item.family,
         gate_row=item.family.gate_row(item.gate),
         order=item.family.order(item.gate),
@@ -424,7 +428,7 @@ def _hook(replacement: Replacement, root: nn.Module) -> None:
     import inspect
 
     carrier = replacement.carrier
-    base = root.base_model
+    base: Any = root.base_model
     handles = [
         base.register_forward_pre_hook(
             OpenBase(carrier, inspect.signature(base.forward)), with_kwargs=True

@@ -31,10 +31,14 @@ CUSTOM = "moetk"
 
 @dataclass(eq=False)
 class Site:
-    """What is constant for one mixture-of-experts layer of one model."""
+    """What is constant for one mixture-of-experts layer of one model.
+
+    layer: its decoder layer. index: its place among the mixture-of-experts layers.
+    """
 
     name: str
     layer: int
+    index: int
     family: Family
     gate_row: Gate
     order: Order
@@ -53,7 +57,7 @@ class Site:
     def context(self, visit: Visit | None, token_ids: Tensor | None = None) -> RouterContext:
         if visit is None:
             return RouterContext(token_ids=token_ids, where=self.name)
-        return visit.context(self.layer, self.name)
+        return visit.context(self.layer, self.index, self.name)
 
 
 class LayerShell:
@@ -117,7 +121,7 @@ class RouterShell:
         ctx = site.context(visit, token_ids)
         router = self._modules.get(CUSTOM, site.function)  # type: ignore[attr-defined]
         if router is None:
-            routing = site.gate_row.router.forward(self, x_TH, ctx)  # type: ignore[arg-type]
+            routing = site.gate_row.router.forward(self, x_TH, ctx)
             if site.gate_row.weight_dtype == "model":
                 routing = replace(routing, weights_TK=routing.weights_TK.to(x_TH.dtype))
             duplicates = True  # the catalogue's selections are distinct by construction, or mean it
@@ -138,7 +142,7 @@ class RouterShell:
             if visit.forward.replay is not None:
                 routing = _obeyed(routing, ctx, visit, site)
             if router is not None:
-                visit.forward.previous.setdefault(site.layer, routing)
+                visit.forward.previous.setdefault(site.index, routing)
         return _as_family_tuple(routing, site.order)
 
 
@@ -148,7 +152,7 @@ class ExpertsShell:
     def forward(self, hidden_states: Tensor, index: Any, weights: Any, **kwargs: Any) -> Tensor:
         site: Site = self.__dict__[SITE]
         if not site.active:
-            return super().forward(hidden_states, index, weights, **kwargs)  # type: ignore[misc]
+            return super().forward(hidden_states, index, weights, **kwargs)  # type: ignore[misc, no-any-return]
         visit: Visit | None = self.__dict__.get(BOUND)
         routing: Routing = (
             TokenChoice(index, weights, site.spec.num_ids) if isinstance(index, Tensor) else index
@@ -172,7 +176,7 @@ class ExpertsShell:
             for recording in visit.forward.recordings:
                 recording.add(site.layer, _with_drops(routing, local))
         if site.attachment and self.training:  # type: ignore[attr-defined]
-            y_TH = site.attachment(y_TH, routing, ctx, visit and visit.forward)
+            y_TH = site.attachment(y_TH, routing, ctx, None if visit is None else visit.forward)
         return y_TH
 
 
@@ -203,7 +207,8 @@ def for_foreign_experts(routing: Routing, where: str, experts: str) -> tuple[Ten
 
 def _as_family_tuple(routing: Routing, order: Order) -> tuple[Any, Any, Any]:
     if isinstance(routing, TokenChoice):
-        logits, weights = routing.logits_TE, routing.weights_TK
+        logits: Tensor | None = routing.logits_TE
+        weights: Tensor | None = routing.weights_TK
     else:
         logits = getattr(routing, "logits_TE", None)
         weights = getattr(routing, "weights_EC", None)

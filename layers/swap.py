@@ -32,7 +32,7 @@ def _extended(original: type, mixins: tuple[type, ...]) -> type:
 
 
 def _rebuild(original: type, mixins: tuple[type, ...]) -> Any:
-    cls = _extended(original, mixins)
+    cls: Any = _extended(original, mixins)
     return cls.__new__(cls)
 
 
@@ -42,7 +42,8 @@ def extend(module: nn.Module, *mixins: type) -> None:
     accelerate keeps a module's forward on the instance; it is re-pointed. Raises ReplaceError where
     another library did so and left no way to the class's own forward.
     """
-    cls = _extended(type(module), mixins)
+    original: Any = type(module)
+    cls = _extended(original, mixins)
     _check_instance_forward(module)
     module.__class__ = cls
     _repoint(module)

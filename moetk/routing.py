@@ -135,7 +135,7 @@ def need(routing: Routing, name: str, reader: str) -> Tensor:
 
 def keep_fields(routing: Routing, names: frozenset[str]) -> Routing:
     """The routing without the (T, E) tensors that nobody reads, so that they can be freed."""
-    drop = {
+    drop: dict[str, Any] = {
         name: None
         for name in ("logits_TE", "scores_TE", "choice_TE")
         if name not in names and getattr(routing, name, None) is not None

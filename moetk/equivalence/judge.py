@@ -47,8 +47,8 @@ def relative_error(value: Tensor, truth: Tensor) -> float:
     """|value - truth|_F / |truth|_F in fp64; 0 when both are zero, inf when only the truth is."""
     if value.shape != truth.shape:
         raise MoeShapeError(f"{tuple(value.shape)} is compared with {tuple(truth.shape)}.")
-    difference = (value.detach().double() - truth.detach().double()).norm().item()
-    norm = truth.detach().double().norm().item()
+    difference: float = (value.detach().double() - truth.detach().double()).norm().item()
+    norm: float = truth.detach().double().norm().item()
     if norm == 0.0:
         return 0.0 if difference == 0.0 else math.inf
     return difference / norm
@@ -149,8 +149,8 @@ def compare_choices(
     mask_other = torch.zeros_like(truth_TE).scatter_(1, other_TK.clamp(min=0), 1).bool()
     only_ours, only_other = mask_ours & ~mask_other, mask_other & ~mask_ours
     finite_TE = torch.where(truth_TE.isfinite(), truth_TE, 0)
-    error = (chosen_TE - truth_TE).abs()
-    error = float(error[error.isfinite()].max()) if error.isfinite().any() else 0.0
+    errors_TE = (chosen_TE - truth_TE).abs().nan_to_num(0.0, 0.0, 0.0)
+    error = float(errors_TE.max()) if errors_TE.numel() else 0.0
     unit = torch.finfo(selection).eps * float(finite_TE.abs().max()) if finite_TE.numel() else 0.0
     low = truth_TE.masked_fill(~(only_ours | only_other), math.inf).amin(-1)
     high = truth_TE.masked_fill(~(only_ours | only_other), -math.inf).amax(-1)

@@ -91,7 +91,7 @@ class _GatherUp(torch.autograd.Function):
     """x (T, H) -> h (N, J): gather each row, scale it where asked, times its expert's matrix."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         x_TH: Tensor,
         scale_TK: Tensor | None,
@@ -112,7 +112,7 @@ class _GatherUp(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dh_NJ: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dh_NJ: Tensor) -> tuple[Tensor | None, ...]:
         x_TH, scale_TK, up = ctx.saved_tensors
         plan, need = ctx.plan, ctx.needs_input_grad
         dx_TH = dscale_TK = dup = dbias = None
@@ -126,8 +126,8 @@ class _GatherUp(torch.autograd.Function):
             rows_NH = x_TH.index_select(0, plan.source_N)
             if scale_TK is not None:
                 rows_NH = (rows_NH * _sorted(scale_TK, plan)[:, None]).to(x_TH.dtype)
-            pair = (rows_NH, dh_NJ) if ctx.transposed else (dh_NJ, rows_NH)
-            dup = grouped_outer(*pair, plan.offsets_E)
+            left, right = (rows_NH, dh_NJ) if ctx.transposed else (dh_NJ, rows_NH)
+            dup = grouped_outer(left, right, plan.offsets_E)
         if ctx.has_bias and need[3]:
             dbias = _bias_gradient(dh_NJ, plan, up.shape[0])
         return dx_TH, dscale_TK, dup, dbias, None, None
@@ -137,7 +137,7 @@ class _DownCombine(torch.autograd.Function):
     """a (N, I) -> y (T, H): times the expert's matrix, times the routing weight, summed over K."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         a_NI: Tensor,
         weights_TK: Tensor | None,
@@ -155,7 +155,7 @@ class _DownCombine(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy_TH: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dy_TH: Tensor) -> tuple[Tensor | None, ...]:
         a_NI, weights_TK, down, down_bias = ctx.saved_tensors
         plan, need = ctx.plan, ctx.needs_input_grad
         da_NI = dweights_TK = ddown = dbias = None
@@ -184,8 +184,8 @@ class _DownCombine(torch.autograd.Function):
         if need[2] or need[3]:
             weighted_NH = dy_NH if w_N1 is None else (dy_NH * w_N1).to(down.dtype)
             if need[2]:
-                pair = (a_NI, weighted_NH) if ctx.transposed else (weighted_NH, a_NI)
-                ddown = grouped_outer(*pair, plan.offsets_E)
+                left, right = (a_NI, weighted_NH) if ctx.transposed else (weighted_NH, a_NI)
+                ddown = grouped_outer(left, right, plan.offsets_E)
             if down_bias is not None and need[3]:
                 dbias = _bias_gradient(weighted_NH, plan, down.shape[0])
         return da_NI, dweights_TK, ddown, dbias, None, None

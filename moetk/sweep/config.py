@@ -151,8 +151,8 @@ class CellConfig:
 
 @dataclass(frozen=True)
 class Config:
-    """A whole sweep. folder: where the TOML lies, and where its "module:function" names resolve;
-    it is not part of what was asked for."""
+    """A whole sweep. folder: where the TOML lies, and where its "module:function" names resolve.
+    source: the TOML's text. Neither is part of what was asked for."""
 
     sweep: SweepSettings
     model: ModelSettings
@@ -160,9 +160,17 @@ class Config:
     train: TrainSettings
     arms: tuple[Arm, ...]
     folder: Path
+    source: str = ""
 
     def cell(self, arm: Arm) -> CellConfig:
         return CellConfig(self.sweep.steps, self.model, self.data, self.train, arm)
+
+    @property
+    def command(self) -> str:
+        """What starts this sweep from its source."""
+        asked = tomllib.loads(self.source).get("sweep", {}).get("steps", self.sweep.steps)
+        limit = "" if asked == self.sweep.steps else f" --limit-steps {self.sweep.steps}"
+        return f"moetk sweep sweep.toml{limit}"
 
     def settings(self) -> dict[str, Any]:
         """As plain JSON values, arms by name."""
@@ -198,12 +206,13 @@ def load_config(path: Path) -> Config:
     Raises ConfigError naming the table, the key, its value and what is allowed.
     """
     try:
-        raw = tomllib.loads(path.read_text(encoding="utf-8"))
+        source = path.read_text(encoding="utf-8")
+        raw = tomllib.loads(source)
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror}.") from None
     except ValueError as error:
         raise ConfigError(f"{path} is not TOML: {error}.") from None
-    return parse_config(raw, path.resolve().parent)
+    return replace(parse_config(raw, path.resolve().parent), source=source)
 
 
 def parse_config(raw: Mapping[str, Any], folder: Path) -> Config:

@@ -88,6 +88,8 @@ class SweepStore:
             "settings": config.settings(),
             "data": dict(world.data),
             "code": dict(world.code),
+            "source": config.source,
+            "command": config.command,
             "cells": [{"key": cell.key, "arm": cell.arm, "seed": cell.seed} for cell in cells],
         }
         if path.exists():

@@ -1,0 +1,279 @@
+"""One self-contained page from a sweep's rows: figures, and the table behind each."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from moetk.errors import ConfigError
+from moetk.io import write_file
+from moetk.sweep import figures
+from moetk.sweep.store import read_sweep
+from moetk.sweep.summary import ArmSummary, Curve, Summary, summarise
+
+EXTRA = "install it with  pip install 'moetk[sweep]'"
+
+
+@dataclass(frozen=True)
+class Table:
+    """Column names, and cells as they are shown."""
+
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+
+@dataclass(frozen=True)
+class FigureBlock:
+    """A figure with what it shows, and the numbers behind it. svg: None = nothing to draw."""
+
+    name: str
+    title: str
+    about: str
+    svg: str | None
+    table: Table
+
+
+def load_summary(root: Path) -> Summary:
+    """The summary of a sweep's folder. Raises ConfigError where there is no sweep or no row yet,
+    ShardCorruptError on a changed file."""
+    try:
+        summary = summarise(*read_sweep(root))
+    except FileNotFoundError as error:
+        raise ConfigError(str(error)) from None
+    if not summary.rows:
+        raise ConfigError(f"{root} holds no finished cell yet; run the sweep first.")
+    return summary
+
+
+def write_report(summary: Summary, path: Path) -> None:
+    """Write the page. Raises ConfigError without jinja2 and matplotlib, SaveFailedError."""
+    write_file(path, render(summary).encode())
+
+
+def write_figures(summary: Summary, folder: Path) -> None:
+    """Write every figure as NAME.svg. Raises ConfigError without matplotlib, SaveFailedError."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for block in _blocks(summary):
+        if block.svg is not None:
+            write_file(folder / f"{block.name}.svg", block.svg.encode())
+
+
+def render(summary: Summary) -> str:
+    """The page as HTML; every string of the sweep is escaped, nothing is loaded from outside."""
+    try:
+        from jinja2 import Environment, StrictUndefined
+        from markupsafe import Markup
+    except ImportError as error:
+        raise ConfigError(f"A report needs {error.name}; {EXTRA}.") from None
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    source = files("moetk.sweep").joinpath("report.html").read_text(encoding="utf-8")
+    page: str = environment.from_string(source).render(
+        summary=summary,
+        sweep=summary.plan["settings"]["sweep"],
+        headline=headline(summary),
+        blocks=_blocks(summary),
+        colours=figures.colours(summary),
+        markup=Markup,
+        number=number,
+        signed=signed,
+        parts=parts,
+        sees_future=[arm.name for arm in summary.arms if arm.causal is False],
+        environment=environment_facts(summary),
+        settings=json.dumps(shared_settings(summary), indent=2),
+        code_files=len(summary.plan["code"]["moetk"]),
+    )
+    return page
+
+
+def _blocks(summary: Summary) -> list[FigureBlock]:
+    try:
+        return figure_blocks(summary)
+    except ImportError as error:
+        raise ConfigError(f"A figure needs {error.name}; {EXTRA}.") from None
+
+
+def figure_blocks(summary: Summary) -> list[FigureBlock]:
+    """The figures in the page's order."""
+    seeds = "the band spans the seeds" if len(_seeds(summary)) > 1 else "one seed"
+    return [
+        FigureBlock(
+            "loss",
+            "Held-out loss",
+            f"Loss on files that no cell trained on; line = mean, {seeds}.",
+            figures.loss_figure(summary),
+            _curve_table(summary, "loss"),
+        ),
+        FigureBlock(
+            "violation",
+            "Balance over training",
+            "MaxVio, the busiest expert's load over the mean load minus 1, of each training batch: "
+            f"means over short windows and layers; {seeds}.",
+            figures.violation_figure(summary),
+            _curve_table(summary, "violation"),
+        ),
+        FigureBlock(
+            "load",
+            "Who gets the tokens",
+            f"Load of every expert over training, seed {_seeds(summary)[0]}; white = even, "
+            "red = more, blue = less, darkest blue = none.",
+            figures.load_figure(summary),
+            _load_table(summary),
+        ),
+        FigureBlock(
+            "tradeoff",
+            "Loss against balance",
+            "One small dot a cell, one large dot an arm. Down and to the left is better.",
+            figures.tradeoff_figure(summary),
+            _cell_table(summary),
+        ),
+    ]
+
+
+def headline(summary: Summary) -> list[str]:
+    """What the numbers say, in sentences that a reader may quote."""
+    sentences = []
+    base = next(arm for arm in summary.arms if arm.name == summary.baseline)
+    balanced = [
+        arm for arm in summary.arms if arm.max_violation is not None and arm.causal is not False
+    ]
+    if balanced:
+        best = min(balanced, key=lambda arm: arm.max_violation.mean)  # type: ignore[union-attr]
+        assert best.max_violation is not None
+        text = f"Most even load: {best.name}, global MaxVio {best.max_violation.mean:.2f}"
+        if base.max_violation is not None and best is not base:
+            text += f" ({base.name}: {base.max_violation.mean:.2f})"
+        sentences.append(text + ".")
+    compared = [
+        arm for arm in summary.arms if arm.difference is not None and arm.causal is not False
+    ]
+    for verdict in ("lower", "higher", "within noise"):
+        names = [arm.name for arm in compared if arm.difference.verdict == verdict]  # type: ignore[union-attr]
+        if names:
+            sentences.append(
+                f"Final loss {verdict} {_than(verdict)}{base.name}: {', '.join(names)}."
+            )
+    return sentences
+
+
+def _than(verdict: str) -> str:
+    return "of " if verdict == "within noise" else "than "
+
+
+def environment_facts(summary: Summary) -> list[tuple[str, str]]:
+    """What the cells ran on and with, one line a fact; several values where cells differ."""
+
+    def of(key: str) -> str:
+        found = [row["run"].get(key) for row in summary.rows]
+        return ", ".join(dict.fromkeys(str(value) for value in found if value is not None))
+
+    versions = summary.plan["code"]["versions"]
+    data = summary.plan["data"]
+    dates = sorted(row["run"]["date"] for row in summary.rows)
+    seconds = sum(row["run"].get("seconds", 0.0) for row in summary.rows)
+    facts = [
+        ("versions", ", ".join(f"{name} {version}" for name, version in versions.items())),
+        ("moetk", " · ".join(filter(None, (of("moetk"), of("commit"))))),
+        ("processor", of("processor")),
+        ("threads a cell", of("threads")),
+        ("experts' backend", of("backend")),
+        ("run", f"{dates[0]} to {dates[-1]}, {seconds:.0f} s of cells"),
+        ("data", f"{data['kind']}, {_sizes(data)}"),
+        ("data sha256", data["sha256"]),
+        ("code sha256", summary.rows[0]["code"]["moetk"]),
+    ]
+    return [(name, value) for name, value in facts if value]
+
+
+def shared_settings(summary: Summary) -> dict[str, Any]:
+    settings = dict(summary.plan["settings"])
+    return {table: settings[table] for table in ("sweep", "model", "data", "train")}
+
+
+def parts(arm: ArmSummary) -> list[str]:
+    """An arm's router, losses and controllers as they would be written."""
+
+    def written(part: dict[str, Any]) -> str:
+        args = [f"{key}={value!r}" for key, value in part.items() if key != "name"]
+        return f"{part['name']}({', '.join(args)})"
+
+    settings = arm.settings
+    found = [written(part) for part in (settings["router"], *settings["losses"])]
+    found += [written(part) for part in settings["controllers"]]
+    if settings["lr"] is not None:
+        found.append(f"lr={settings['lr']:g}")
+    if settings["backend"] != "auto":
+        found.append(f"backend={settings['backend']}")
+    return found
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    return "–" if value is None else f"{value:.{digits}f}"
+
+
+def signed(value: float | None, digits: int = 3) -> str:
+    return "–" if value is None else f"{value:+.{digits}f}".replace("-", "−")
+
+
+def _seeds(summary: Summary) -> list[int]:
+    seeds: list[int] = summary.plan["settings"]["sweep"]["seeds"]
+    return seeds
+
+
+def _sizes(data: dict[str, Any]) -> str:
+    sizes = {key: value for key, value in data.items() if key not in ("kind", "sha256")}
+    return ", ".join(f"{value:,} {key.replace('_', ' ')}" for key, value in sizes.items())
+
+
+def _curve_table(summary: Summary, name: str) -> Table:
+    curves: dict[str, Curve] = {arm.name: getattr(arm, name) for arm in summary.arms}
+    found = {
+        arm: dict(zip(curve.steps, curve.values, strict=True)) for arm, curve in curves.items()
+    }
+    steps = sorted({step for values in found.values() for step in values})
+    rows = []
+    for step in steps:
+        row = [str(step)]
+        for values in found.values():
+            value = values.get(step)
+            row.append(
+                "–" if value is None else f"{value.mean:.3f} ({value.low:.3f} to {value.high:.3f})"
+            )
+        rows.append(tuple(row))
+    return Table(("step", *(f"{arm}, mean (range)" for arm in found)), tuple(rows))
+
+
+def _load_table(summary: Summary) -> Table:
+    rows: list[tuple[str, ...]] = []
+    experts = 0
+    for arm in (arm for arm in summary.arms if arm.good):
+        load = arm.good[0]["result"]["load"]
+        for layer, windows in load["layers"].items():
+            for step, shares in zip(load["steps"], figures.relative_load(windows), strict=True):
+                experts = max(experts, len(shares))
+                rows.append((arm.name, layer, str(step), *(f"{share:.2f}" for share in shares)))
+    return Table(("arm", "layer", "to step", *(f"e{e}" for e in range(experts))), tuple(rows))
+
+
+def _cell_table(summary: Summary) -> Table:
+    rows = []
+    for row in summary.rows:
+        result = row["result"]
+        rows.append(
+            (
+                row["arm"],
+                str(row["seed"]),
+                result["status"],
+                number(result.get("initial_loss")),
+                number(result.get("final_loss")),
+                number(result.get("max_violation")),
+                f"{row['run'].get('seconds', 0.0):.0f}",
+                row["key"][:12],
+            )
+        )
+    columns = ("arm", "seed", "status", "loss before", "loss after", "MaxVio", "seconds", "key")
+    return Table(columns, tuple(rows))

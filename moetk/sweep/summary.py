@@ -1,0 +1,190 @@
+"""What the rows of a sweep say: curves with their spread over seeds, and arms against a baseline.
+
+Plain numbers, no plotting and no numpy: the report's figures and tables are drawn from here.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import mean
+from typing import Any
+
+from moetk.sweep.store import Row
+
+EXACT_UP_TO = 6
+RESAMPLES = 10_000
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A mean with the smallest and the largest value over `n` seeds."""
+
+    mean: float
+    low: float
+    high: float
+    n: int
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Arm minus baseline, seed by seed. low, high: 95% interval of the mean; None for one seed."""
+
+    mean: float
+    low: float | None
+    high: float | None
+    n: int
+
+    @property
+    def verdict(self) -> str:
+        if self.low is None or self.high is None:
+            return "one seed: no interval"
+        if self.low <= 0 <= self.high:
+            return "within noise"
+        return "lower" if self.mean < 0 else "higher"
+
+    @property
+    def by_chance(self) -> float:
+        """How often n seeds would all lean one way if there were no difference at all."""
+        return float(2.0 ** (1 - self.n))
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A value over steps: mean and extremes over the seeds that have it."""
+
+    steps: tuple[int, ...]
+    values: tuple[Spread, ...]
+
+
+@dataclass(frozen=True)
+class ArmSummary:
+    """One arm. Numbers are over the cells that ended well; None where none did."""
+
+    name: str
+    settings: Mapping[str, Any]
+    cells: tuple[Row, ...]
+    final_loss: Spread | None
+    max_violation: Spread | None
+    drop_fraction: float | None
+    difference: Difference | None
+    causal: bool | None
+    loss: Curve
+    violation: Curve
+
+    @property
+    def good(self) -> tuple[Row, ...]:
+        return good_cells(self.cells)
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A sweep: its plan and its arms, in the order of the TOML, the baseline first."""
+
+    plan: Mapping[str, Any]
+    rows: tuple[Row, ...]
+    arms: tuple[ArmSummary, ...]
+    baseline: str
+
+    @property
+    def missing(self) -> int:
+        """Cells that are planned and have no row yet."""
+        return len(self.plan["cells"]) - len(self.rows)
+
+    @property
+    def bad(self) -> tuple[Row, ...]:
+        return tuple(row for row in self.rows if row["result"]["status"] != "ok")
+
+
+def summarise(plan: Mapping[str, Any], rows: Sequence[Row]) -> Summary:
+    """The summary of what read_sweep returns."""
+    baseline = plan["settings"]["sweep"]["baseline"]
+    # sweep.json has sorted keys; the cells are in the order of the TOML.
+    names = list(dict.fromkeys(cell["arm"] for cell in plan["cells"]))
+    names.sort(key=lambda name: name != baseline)
+    arms = []
+    for name in names:
+        cells = tuple(row for row in rows if row["arm"] == name)
+        others = good_cells([row for row in rows if row["arm"] == baseline])
+        arms.append(_arm(name, plan["settings"]["arms"][name], cells, others, name == baseline))
+    return Summary(plan, tuple(rows), tuple(arms), baseline)
+
+
+def good_cells(rows: Sequence[Row]) -> tuple[Row, ...]:
+    """The cells that ended with a final loss."""
+    return tuple(row for row in rows if row["result"]["status"] == "ok")
+
+
+def _arm(
+    name: str,
+    settings: Mapping[str, Any],
+    cells: tuple[Row, ...],
+    baseline: Sequence[Row],
+    is_baseline: bool,
+) -> ArmSummary:
+    results = [row["result"] for row in good_cells(cells)]
+    drops = [result["drop_fraction"] for result in results if result["drop_fraction"] is not None]
+    verdicts = {result["causal"] for result in results}
+    return ArmSummary(
+        name=name,
+        settings=settings,
+        cells=cells,
+        final_loss=spread([result["final_loss"] for result in results]),
+        max_violation=spread([result["max_violation"] for result in results]),
+        drop_fraction=mean(drops) if drops else None,
+        difference=None if is_baseline else paired_difference(good_cells(cells), baseline),
+        # One seed that sees the future is enough.
+        causal=False if False in verdicts else (True if verdicts == {True} else None),
+        loss=_curve([dict(result["held_out"]) for result in results]),
+        violation=_curve([_windowed(result) for result in results]),
+    )
+
+
+def spread(values: Sequence[float]) -> Spread | None:
+    """Mean and extremes; None of nothing."""
+    return Spread(mean(values), min(values), max(values), len(values)) if values else None
+
+
+def paired_difference(cells: Sequence[Row], baseline: Sequence[Row]) -> Difference | None:
+    """Final loss of the arm minus the baseline's, over the seeds that both have; None without one.
+
+    The interval is the percentile bootstrap of the mean difference: over all n^n resamples up to
+    n = 6, over 10 000 drawn ones beyond.
+    """
+    theirs = {row["seed"]: row["result"]["final_loss"] for row in baseline}
+    differences = [
+        row["result"]["final_loss"] - theirs[row["seed"]] for row in cells if row["seed"] in theirs
+    ]
+    if not differences:
+        return None
+    low, high = bootstrap_interval(differences) if len(differences) > 1 else (None, None)
+    return Difference(mean(differences), low, high, len(differences))
+
+
+def bootstrap_interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float]:
+    """The percentile interval of the mean of `values` under resampling with replacement."""
+    n = len(values)
+    if n <= EXACT_UP_TO:
+        means = sorted(mean(drawn) for drawn in itertools.product(values, repeat=n))
+    else:
+        chance = random.Random(0)
+        means = sorted(mean(chance.choices(values, k=n)) for _ in range(RESAMPLES))
+    tail = (1 - level) / 2
+    last = len(means) - 1
+    return means[round(tail * last)], means[round((1 - tail) * last)]
+
+
+def _windowed(result: Mapping[str, Any]) -> dict[int, float]:
+    """Batch MaxVio as means over the windows of the load counts: single steps are noise."""
+    ends, values = result["load"]["steps"], result["batch_max_violation"]
+    starts = [0, *ends[:-1]]
+    return {end: mean(values[start:end]) for start, end in zip(starts, ends, strict=True)}
+
+
+def _curve(series: Sequence[Mapping[int, float]]) -> Curve:
+    steps = sorted({step for values in series for step in values})
+    at = [[values[step] for values in series if step in values] for step in steps]
+    spreads = [value for found in at if (value := spread(found)) is not None]
+    return Curve(tuple(steps), tuple(spreads))

@@ -208,15 +208,16 @@ def test_resume_is_exact_in_either_order_of_loading(dtype, model_first):
 
 
 def test_the_state_is_a_copy_and_loading_copies():
-    router = BiasedRouter(2)
+    router = BiasedRouter(2, torch.bfloat16)
+    router.e_score_correction_bias.fill_(0.5)
     controller = bound(router)
     state = controller.state_dict()
     controller.step(counts(0, 1))
-    assert state["bias"].tolist() == [0.0, 0.0]
+    assert state["bias"].tolist() == [0.5, 0.5]
     controller.load_state_dict(state)
-    state["bias"].fill_(9.0)
-    assert router.e_score_correction_bias.tolist() == [0.0, 0.0]
-    assert controller.state_dict()["bias"].tolist() == [0.0, 0.0]
+    state["bias"].add_(1e-4)  # less than the buffer can tell from 0.5
+    assert controller.state_dict()["bias"].tolist() == [0.5, 0.5]
+    assert router.e_score_correction_bias.tolist() == [0.5, 0.5]
 
 
 def test_a_copied_controller_leaves_the_router_behind():

@@ -34,7 +34,8 @@ def load_balancing(
     sequences: Sequences = 1,
     reduce: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
-    """E * sum_e share_e * P_e, a fp32 scalar: 1 where both are uniform, at most E / K.
+    """E * sum_e share_e * P_e, a fp32 scalar: 1 where both are uniform, E / K where every token
+    goes, with all its score, to the same K experts.
 
     share_e: expert e's share of the choices (f_e / K), a constant. P_e: the mean over tokens of
     scores_te / sum_e scores_te, whence the gradient; softmax scores already sum to one, sigmoid
@@ -106,13 +107,12 @@ class LoadBalancingLoss:
     def __call__(self, routing: Routing, ctx: RouterContext) -> Tensor:
         routing = as_token_choice(routing, "LoadBalancingLoss")
         scores_TE = need(routing, "scores_TE", "LoadBalancingLoss")
+        num_tokens = scores_TE.shape[0]
         loss = load_balancing(
             routing.experts_TK,
             scores_TE,
-            counted_T=counted_tokens(ctx, scores_TE.shape[0]),
-            sequences=sequences_of(ctx, scores_TE.shape[0], self)
-            if self.scope == "sequence"
-            else 1,
+            counted_T=counted_tokens(ctx, num_tokens),
+            sequences=sequences_of(ctx, num_tokens, self) if self.scope == "sequence" else 1,
             reduce=self.reduce,
         )
         per_choice = routing.experts_TK.shape[1] if self.normalisation == "hf" else 1

@@ -124,13 +124,19 @@ class Choices:
 
 
 def compare_choices(
-    ours: TokenChoice, other_TK: Tensor, truth_TE: Tensor, *, selection: torch.dtype
+    ours: TokenChoice,
+    other_TK: Tensor,
+    truth_TE: Tensor,
+    *,
+    selection: torch.dtype,
+    reduction: int,
 ) -> Choices:
     """Ours against another implementation's ids (T, K).
 
     ours carries choice_TE, or else the scores or logits it chose from. truth_TE: those scores in
-    fp64, (T, E). selection: the dtype the choice was made in; a pair counts as tied within
-    2 x the largest measured error of the scores plus one unit of that dtype.
+    fp64, (T, E). selection: the dtype the choice was made in; reduction: length of the longest sum
+    behind a score. A pair counts as tied within twice the largest measured error of the scores plus
+    one unit of that dtype; an error beyond sqrt(reduction) units is no rounding and excuses nothing.
 
     Raises MissingFieldError when ours carries none of the three.
     """
@@ -151,10 +157,11 @@ def compare_choices(
     finite_TE = torch.where(truth_TE.isfinite(), truth_TE, 0)
     errors_TE = (chosen_TE - truth_TE).abs().nan_to_num(0.0, 0.0, 0.0)
     error = float(errors_TE.max()) if errors_TE.numel() else 0.0
+    # A score that is wrong would excuse every choice.
     unit = torch.finfo(selection).eps * float(finite_TE.abs().max()) if finite_TE.numel() else 0.0
     low = truth_TE.masked_fill(~(only_ours | only_other), math.inf).amin(-1)
     high = truth_TE.masked_fill(~(only_ours | only_other), -math.inf).amax(-1)
-    tied_T = ~sets_T & ((high - low) <= 2 * error + unit)
+    tied_T = ~sets_T & ((high - low) <= 2 * min(error, unit * math.sqrt(reduction)) + unit)
 
     border = 0
     if num_choices < chosen_TE.shape[1]:

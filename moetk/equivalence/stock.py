@@ -106,11 +106,12 @@ def against_stock(
         )
         for name in eager_tensors
     )
-    return Equivalence(dtype, verdicts, _all_choices(own, eager_choices, exact, dtype))
+    choices = _all_choices(own, eager_choices, exact, dtype, reduction)
+    return Equivalence(dtype, verdicts, choices)
 
 
 def _all_choices(
-    ours: Recording, eager: Recording, exact: Recording, dtype: torch.dtype
+    ours: Recording, eager: Recording, exact: Recording, dtype: torch.dtype, reduction: int
 ) -> Choices:
     total = Choices(0, 0, 0, 0, 0)
     for layer in ours:
@@ -121,7 +122,9 @@ def _all_choices(
                 for name in ("choice_TE", "scores_TE", "logits_TE")
                 if getattr(mine, name) is not None
             )
-            total = total + compare_choices(mine, theirs.experts_TK, scores, selection=dtype)
+            total = total + compare_choices(
+                mine, theirs.experts_TK, scores, selection=dtype, reduction=reduction
+            )
     return total
 
 

@@ -9,11 +9,11 @@ such cases.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from moetk.context import RouterContext
 from moetk.errors import AuxScaleError, RouterConfigError, TopologyError
@@ -26,7 +26,8 @@ Reduce = Callable[[Tensor], Tensor]
 class Loss(Protocol):
     """`reads` names the optional routing fields it needs; the result is a fp32 scalar."""
 
-    reads: Iterable[str]
+    @property
+    def reads(self) -> tuple[str, ...]: ...
 
     def __call__(self, routing: Any, ctx: RouterContext) -> Tensor: ...
 
@@ -99,7 +100,8 @@ def step_all(steered: Sequence[Steered], reduce: Reduce | None) -> None:
     if reduce is not None:
         sums = [t for one, obs in taken if one.controller.accumulate == "sum" for t in obs]
         if sums:
-            flat = reduce(torch.cat([t.flatten().float() for t in sums]))
+            # fp64: counts of a long step pass 2^24, where fp32 stops counting.
+            flat = reduce(torch.cat([t.flatten().double() for t in sums]))
             for tensor, part in zip(sums, flat.split([t.numel() for t in sums]), strict=True):
                 tensor.copy_(part.view_as(tensor))
     for one, observed in taken:

@@ -205,7 +205,8 @@ class _ProbeLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         ctx.scale.copy_(grad.detach().float() * ctx.forward.loss_share)
-        ctx.forward.loss_arrived = True
+        if not torch.compiler.is_compiling():  # no side effect on Python objects in a graph
+            ctx.forward.loss_arrived = True
         return grad, None, None
 
 

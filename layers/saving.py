@@ -51,7 +51,7 @@ def custom_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def spec_hash(model: Any) -> str:
-    """16 hex digits of the custom routers' names, shapes: what a factory must build to load them."""
+    """16 hex digits of the custom routers' names and shapes: what a factory must build."""
     shapes = {name: list(tensor.shape) for name, tensor in custom_tensors(model).items()}
     return hashlib.sha256(json.dumps(shapes, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -80,7 +80,7 @@ def load_state(folder: Path) -> dict[str, Any] | None:
         return None
     with safe_open(path, "pt") as stream:
         plain = json.loads(stream.metadata()["moetk"])
-        flat = {**plain, **{key: stream.get_tensor(key) for key in stream.keys()}}
+        flat = {**plain, **{key: stream.get_tensor(key) for key in stream.offset_keys()}}
     state: dict[str, Any] = {}
     for key, value in flat.items():
         owner, bar, name = key.partition("|")
@@ -154,7 +154,7 @@ def _stored_custom(folder: Path) -> dict[str, Path]:
     if not path.exists():
         return {}
     with safe_open(path, "pt") as stream:
-        return {key: path for key in stream.keys() if MARK in key}
+        return {key: path for key in stream.offset_keys() if MARK in key}
 
 
 def _some(what: str, names: list[str], folder: Path) -> str:

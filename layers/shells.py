@@ -224,10 +224,11 @@ def _recomputing() -> bool:
 
 def _with_drops(routing: Routing, local: Routing) -> Routing:
     """What the router wanted, with what a local capacity then dropped."""
-    if isinstance(routing, TokenChoice) and isinstance(local, TokenChoice):
-        if local.kept_TK is not None and local.kept_TK.shape == routing.experts_TK.shape:
-            return replace(routing, kept_TK=local.kept_TK, weights_TK=local.weights_TK)
-    return routing
+    if not isinstance(routing, TokenChoice) or not isinstance(local, TokenChoice):
+        return routing
+    if local.kept_TK is None or local.kept_TK.shape != routing.experts_TK.shape:
+        return routing
+    return replace(routing, kept_TK=local.kept_TK, weights_TK=local.weights_TK)
 
 
 def _obeyed(routing: Routing, ctx: RouterContext, visit: Visit, site: Site) -> Routing:

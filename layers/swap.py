@@ -66,9 +66,9 @@ def is_extended(module: nn.Module) -> bool:
 def own_class(module: nn.Module) -> type:
     """The class as transformers wrote it: below moetk's and FSDP2's."""
     for cls in type(module).__mro__:
-        if cls.__module__.startswith("transformers.") and "_moetk_original" not in vars(cls):
-            if not cls.__name__.startswith("FSDP"):
-                return cls
+        ours = "_moetk_original" in vars(cls) or cls.__name__.startswith("FSDP")
+        if cls.__module__.startswith("transformers.") and not ours:
+            return cls
     return type(module)
 
 

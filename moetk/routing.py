@@ -118,7 +118,7 @@ for _cls in (TokenChoice, ExpertChoice, SoftChoice):
 
 
 def need(routing: Routing, name: str, reader: str) -> Tensor:
-    """The field `name` (or the extra of that name) of a routing, or an error that says who reads it.
+    """The field `name` (or the extra of that name); the error says who reads it.
 
     Raises MissingFieldError when the router left it out.
     """
@@ -127,8 +127,8 @@ def need(routing: Routing, name: str, reader: str) -> Tensor:
         value = routing.extras.get(name)
     if value is None:
         raise MissingFieldError(
-            f"{reader} reads {name}, which this {type(routing).__name__} does not carry: its router "
-            f"left it out. Return it from the router, as {name}=... or in extras."
+            f"{reader} reads {name}, which this {type(routing).__name__} does not carry: its "
+            f"router left it out. Return it from the router, as {name}=... or in extras."
         )
     return value
 
@@ -254,8 +254,9 @@ def _check_token_choice(
     if int(low) < -1 or int(high) >= routing.num_experts:
         token, column = _first((ids < -1) | (ids >= routing.num_experts))
         raise ExpertIndexError(
-            f"{where}: experts_TK has id {int(ids[token, column])} at token {token}, column {column}, "
-            f"but there are {routing.num_experts} experts (0..{routing.num_experts - 1}; -1 = unused)."
+            f"{where}: experts_TK has id {int(ids[token, column])} at token {token}, column "
+            f"{column}, but there are {routing.num_experts} experts "
+            f"(0..{routing.num_experts - 1}; -1 = unused)."
         )
     finite = bool(torch.isfinite(weights.detach().sum()))
     if not finite and not bool(torch.isfinite(weights).all()):
@@ -263,8 +264,8 @@ def _check_token_choice(
         token, column = _first(bad)
         raise NonFiniteRoutingError(
             f"{where}: weights_TK has {int(bad.sum())} values that are not finite, the first "
-            f"({float(weights[token, column])}) at token {token}, column {column}: the input or the "
-            "router's weights hold NaN or infinity. check='off' lets such rows through."
+            f"({float(weights[token, column])}) at token {token}, column {column}: the input or "
+            "the router's weights hold NaN or infinity. check=False lets such rows through."
         )
     if int(low) < 0:
         loose = (ids < 0) & (weights != 0)
@@ -289,7 +290,7 @@ def _check_token_choice(
             token, _ = _first(same)
             raise DuplicateExpertError(
                 f"{where}: token {token} names an expert twice, {ids[token].tolist()}. A router "
-                "that means it (a hash table) declares `duplicates = True`; both choices then count."
+                "that means it (a hash table) declares `duplicates = True`; both then count."
             )
 
 
@@ -299,7 +300,8 @@ def _check_expert_choice(
     ids, weights = routing.tokens_EC, routing.weights_EC
     if ids.ndim != 2 or weights.shape != ids.shape:
         raise MoeShapeError(
-            f"{where}: tokens_EC is {_shape(ids)} and weights_EC {_shape(weights)}; both are (E, C)."
+            f"{where}: tokens_EC is {_shape(ids)} and weights_EC {_shape(weights)}; both are "
+            "(E, C)."
         )
     if routing.num_tokens != num_tokens:
         raise MoeShapeError(f"{where}: num_tokens={routing.num_tokens}, but x_TH has {num_tokens}.")
@@ -352,7 +354,8 @@ def _check_soft_choice(
     _check_count(routing.num_experts, num_experts, where)
     if dispatch.shape[2] % routing.num_experts:
         raise MoeShapeError(
-            f"{where}: P={dispatch.shape[2]} slots do not divide over {routing.num_experts} experts."
+            f"{where}: P={dispatch.shape[2]} slots do not divide over {routing.num_experts} "
+            "experts."
         )
 
 

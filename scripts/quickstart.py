@@ -95,7 +95,7 @@ def prove_the_rest(broken: str | None) -> bool:
     if broken == "router":
         for site in moe.sites:
             gate = ours.get_submodule(f"{site.name}.gate")
-            gate.renormalise = False  # type: ignore[assignment]
+            gate.renormalise = False
     exact = parity(stock, ours, batches())
     name, error = exact.worst
     console.print(

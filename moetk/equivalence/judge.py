@@ -136,7 +136,8 @@ def compare_choices(
     ours carries choice_TE, or else the scores or logits it chose from. truth_TE: those scores in
     fp64, (T, E). selection: the dtype the choice was made in; reduction: length of the longest sum
     behind a score. A pair counts as tied within twice the largest measured error of the scores plus
-    one unit of that dtype; an error beyond sqrt(reduction) units is no rounding and excuses nothing.
+    one unit of that dtype; an error beyond sqrt(reduction) units is no rounding and excuses
+    nothing.
 
     Raises MissingFieldError when ours carries none of the three.
     """

@@ -26,7 +26,7 @@ Run = Callable[[BankSpec, BankWeights, Tensor, Routing], Tensor]
 
 @dataclass(frozen=True)
 class Backend:
-    """One way to compute a bank. `why_not(dtype, device)` is None where it runs, else the reason."""
+    """One way to compute a bank; `why_not(dtype, device)` is None where it runs."""
 
     name: str
     run: Run
@@ -85,9 +85,9 @@ def auto_row(device_type: str, dtype: torch.dtype, num_rows: int) -> TableRow:
     """The table's row for a call; the last row of the table takes everything."""
     name = str(dtype).removeprefix("torch.")
     for row in auto_table():
-        if row.device in (device_type, "any") and row.dtype in (name, "any"):
-            if num_rows <= row.max_rows:
-                return row
+        here = row.device in (device_type, "any") and row.dtype in (name, "any")
+        if here and num_rows <= row.max_rows:
+            return row
     raise BackendError(f"auto_table.csv has no row for {device_type}, {name}, {num_rows} rows.")
 
 

@@ -92,7 +92,7 @@ class BankSpec:
 
 @dataclass(frozen=True, eq=False)
 class BankWeights:
-    """One call's tensors, in the spec's layout: up (E, J, H), down (E, H, I), biases (E, J), (E, H)."""
+    """One call's tensors, in the spec's layout; the biases are (E, J) and (E, H)."""
 
     up: Tensor
     down: Tensor

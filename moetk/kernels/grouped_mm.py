@@ -37,8 +37,8 @@ def grouped_outer(x_NA: Tensor, y_NB: Tensor, offsets_E: Tensor) -> Tensor:
 
 
 def _torch_kernel_takes(left: Tensor, right: Tensor) -> bool:
-    """torch's kernel takes bf16 on the device, fp32 and bf16 on the CPU, and rows of whole 16 bytes;
-    inductor compiles it in bf16 only."""
+    """torch's kernel takes bf16 on the device, fp32 and bf16 on the CPU, and rows of whole 16
+    bytes; inductor compiles it in bf16 only."""
     bf16 = left.dtype == torch.bfloat16
     on_cpu = left.device.type == "cpu" and left.dtype == torch.float32
     if not (bf16 or (on_cpu and not torch.compiler.is_compiling())) or left.numel() == 0:

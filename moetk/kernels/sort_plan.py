@@ -16,8 +16,8 @@ class SortPlan:
     """Assignments in expert order. N is always T*K, so no step waits for a count.
 
     choice_N: int32, the flat (token, choice) of each row. source_N: int32, its token.
-    slot_TK: int32, the row of each (token, choice). offsets_E: int32, where each expert's rows end. Rows behind offsets_E[-1] belong to unused or
-    dropped choices; nothing computes them.
+    slot_TK: int32, the row of each (token, choice). offsets_E: int32, where each expert's rows end.
+    Rows behind offsets_E[-1] belong to unused or dropped choices; nothing computes them.
     """
 
     choice_N: Tensor

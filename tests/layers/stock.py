@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import importlib.util
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -73,64 +70,3 @@ def assert_bitwise(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
     assert ours.keys() == theirs.keys()
     for name, tensor in theirs.items():
         assert torch.equal(ours[name], tensor), name
-
-
-# What stock transformers cannot do, row by row, proven in test_stock_limits.py.
-
-
-def _asks_for_router_logits(model: Any) -> None:
-    out = model(input_ids=ids(), labels=ids(), output_router_logits=True)
-    out.aux_loss.backward()
-
-
-def _generates_with_router_logits(model: Any) -> None:
-    model.config.output_router_logits = True
-    prompt = ids(2, 4)
-    mask = torch.ones_like(prompt)
-    model.generate(prompt, attention_mask=mask, max_new_tokens=2, eos_token_id=None, pad_token_id=0)
-
-
-def _embeds(model: Any) -> None:
-    model(inputs_embeds=model.get_input_embeddings()(ids()))
-
-
-def _pads_left_in_float64(model: Any) -> None:
-    mask = torch.ones_like(ids())
-    mask[0, :4] = 0
-    logits = model(input_ids=ids(), attention_mask=mask).logits
-    if not bool(logits.isfinite().all()):
-        raise FloatingPointError("logits hold NaN")
-
-
-def _compiles(model: Any) -> None:
-    model.set_experts_implementation("grouped_mm")
-    model = model.float()
-    torch._dynamo.reset()
-    torch.compile(model, fullgraph=True, backend="aot_eager")(input_ids=ids(), labels=ids())
-
-
-def _compiles_with_router_logits(model: Any) -> None:
-    model.set_experts_implementation("grouped_mm")
-    model = model.float()
-    torch._dynamo.reset()
-    run = torch.compile(model, fullgraph=True, backend="aot_eager")
-    run(input_ids=ids(), labels=ids(), output_router_logits=True)
-
-
-def always() -> bool:
-    return True
-
-
-def without_expert_dispatch() -> bool:
-    """transformers 5.17: the module of 5.23's expert parallelism is not there yet."""
-    return importlib.util.find_spec("transformers.distributed.expert_parallel") is None
-
-
-@dataclass(frozen=True)
-class Limit:
-    """Stock models of these families fail in `attempt`, where `where` holds, saying `says`."""
-
-    attempt: Callable[[Any], None]
-    families: tuple[str, ...]
-    says: str
-    where: Callable[[], bool] = always

@@ -24,7 +24,16 @@ from moetk.layers.attach import Attachment, Controller, Loss, Reduce, Steered, s
 from moetk.layers.carrier import Carrier, CloseBase, CloseModel, OpenBase, OpenModel
 from moetk.layers.families import FAMILIES, Family, family_of
 from moetk.layers.saving import SavingShell
-from moetk.layers.shells import CUSTOM, PARTS, SITE, ExpertsShell, LayerShell, RouterShell, Site
+from moetk.layers.shells import (
+    BOUND,
+    CUSTOM,
+    PARTS,
+    SITE,
+    ExpertsShell,
+    LayerShell,
+    RouterShell,
+    Site,
+)
 from moetk.layers.swap import extend, is_extended, own_class, withdraw
 from moetk.routers import MixtralRouter
 from moetk.routing import Routing
@@ -126,7 +135,8 @@ class Replacement:
             site.active = False
             for module in (found.gate, found.experts):
                 if withdraw(module):
-                    vars(module).pop(SITE, None)
+                    for name in (SITE, BOUND):
+                        vars(module).pop(name, None)
             if withdraw(found.layer):
                 vars(found.layer).pop(PARTS, None)
         withdraw(self.model)

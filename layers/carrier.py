@@ -117,14 +117,16 @@ class OpenModel:
             raise AuxScaleError(reason)
         labels = _argument(self.names, args, kwargs, "labels")
         shifted = kwargs.get("shift_labels")
-        if not self.carrier.wants_loss or (labels is None and shifted is None):
-            return
         if isinstance(shifted, Tensor):
             mask_BS = shifted != -100
-        else:
+        elif isinstance(labels, Tensor):
             # Position s predicts label s + 1; the last position predicts nothing.
             mask_BS = nn.functional.pad(labels[:, 1:] != -100, (0, 1))
+        else:
+            return
         forward.label_mask = mask_BS.reshape(-1)
+        if not self.carrier.wants_loss:
+            return
         items = kwargs.get("num_items_in_batch")
         if items is not None:
             forward.loss_share = mask_BS.sum() / items

@@ -217,7 +217,7 @@ def load_config(path: Path) -> Config:
 
 def parse_config(raw: Mapping[str, Any], folder: Path) -> Config:
     """Check a sweep's tables. Raises ConfigError as load_config does."""
-    _known(raw, ("sweep", "model", "data", "train", "arm"), "the file")
+    _known(raw, ("sweep", "model", "data", "train", "arm"), "The file")
     arms = raw.get("arm", [])
     if not isinstance(arms, list) or not arms:
         raise ConfigError("The file has no [[arm]]; a sweep compares at least one.")
@@ -292,12 +292,12 @@ def _arm(raw: Any, index: int) -> Arm:
     for key in ("name", "router"):
         if not isinstance(raw.get(key), str):
             raise ConfigError(f"{where} {key} is {raw.get(key)!r}; a string is needed.")
-    lr = raw.get("lr")
+    lr, args = raw.get("lr"), _table(raw.get("args", {}), f"{where} args")
+    if "name" in args:
+        raise ConfigError(f"{where} args has 'name', which is the router's own, in router = ....")
     return Arm(
         name=raw["name"],
-        router=_part(
-            {"name": raw["router"], **_table(raw.get("args", {}), f"{where} args")}, where
-        ),
+        router=_part({"name": raw["router"], **args}, f"{where} router"),
         losses=_parts(raw.get("losses", []), f"{where} losses"),
         controllers=_parts(raw.get("controllers", []), f"{where} controllers"),
         lr=None if lr is None else _value(float, lr, f"{where} lr"),

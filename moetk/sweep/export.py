@@ -11,7 +11,15 @@ from moetk.errors import ConfigError
 from moetk.io import write_file
 from moetk.sweep.summary import Summary
 
-RESULT = ("status", "initial_loss", "final_loss", "max_violation", "drop_fraction", "causal")
+RESULT = (
+    "status",
+    "initial_loss",
+    "final_loss",
+    "train_max_violation",
+    "max_violation",
+    "drop_fraction",
+    "causal",
+)
 RUN = ("seconds", "threads", "backend", "processor", "moetk", "commit", "date")
 CURVES = ("train_loss", "batch_max_violation")
 

@@ -17,11 +17,14 @@ if TYPE_CHECKING:
 # (Okabe and Ito).
 BASELINE_COLOUR = "#5b6470"
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c564b")
+# Arms that agree lie on one another: the later one is broken, so that both are seen.
+DASHES = ("-", "-", "-", "--", "-.", ":")
+MARKERS = ("o", "s", "^", "D", "v", "P")
 INK, GRID = "#1f2933", "#e4e7eb"
 STYLE: dict[str, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "moetk",
-    "font.family": ["Helvetica", "Arial", "DejaVu Sans", "sans-serif"],
+    "font.family": "DejaVu Sans",  # comes with matplotlib: the layout is the same everywhere
     "font.size": 11,
     "text.color": INK,
     "axes.labelcolor": INK,
@@ -49,35 +52,51 @@ def colours(summary: Summary) -> dict[str, str]:
 
 
 def loss_figure(summary: Summary) -> str:
-    """Held-out loss over steps; the band spans the seeds."""
-    return _curves(summary, lambda arm: arm.loss, "held-out loss (nats per byte)", marker="o")
+    """Held-out loss over steps, and beside it what the eye cannot see there: the difference to the
+    baseline, seed by seed. Bands span the seeds."""
+    with _drawn(10.6, 4.0) as (figure, text):
+        left, right = figure.subplots(1, 2, width_ratios=(1, 1))
+        _curves(left, summary, lambda arm: arm.loss)
+        left.set_ylabel("held-out loss (nats per byte)")
+        _curves(right, summary, lambda arm: arm.gap)
+        right.axhline(0, color=BASELINE_COLOUR, lw=1.9)
+        right.set_ylabel(f"difference to {summary.baseline}")
+        _legend(figure, left)
+    return text[0]
 
 
 def violation_figure(summary: Summary) -> str:
     """Batch MaxVio over training; the band spans the seeds."""
-    return _curves(summary, lambda arm: arm.violation, "MaxVio of a training batch", floor=0.0)
+    with _drawn(10.6, 3.8) as (figure, text):
+        axes = figure.subplots()
+        _curves(axes, summary, lambda arm: arm.violation, marker="")
+        axes.set_ylim(bottom=0)
+        axes.set_ylabel("MaxVio of a training batch")
+        _legend(figure, axes)
+    return text[0]
 
 
 def tradeoff_figure(summary: Summary) -> str:
     """Final loss against global MaxVio: small dots are cells, large ones their arm's mean."""
-    with _drawn(6.4, 4.2) as (figure, text):
+    with _drawn(7.6, 4.4) as (figure, text):
         axes = figure.subplots()
-        for name, colour in colours(summary).items():
-            arm = next(arm for arm in summary.arms if arm.name == name)
+        palette = colours(summary)
+        for index, arm in enumerate(summary.arms):
             if arm.final_loss is None or arm.max_violation is None:
                 continue
+            look: Any = {"color": palette[arm.name], "marker": MARKERS[index % len(MARKERS)]}
             across = [row["result"]["max_violation"] for row in arm.good]
             down = [row["result"]["final_loss"] for row in arm.good]
             x, y = arm.max_violation.mean, arm.final_loss.mean
             for cell_x, cell_y in zip(across, down, strict=True):
-                axes.plot([x, cell_x], [y, cell_y], color=colour, lw=1, alpha=0.45)
-            axes.scatter(across, down, color=colour, s=22, alpha=0.55, lw=0)
-            axes.scatter(x, y, color=colour, s=110, label=name, edgecolor="white", zorder=3)
+                axes.plot([x, cell_x], [y, cell_y], color=palette[arm.name], lw=1, alpha=0.4)
+            axes.scatter(across, down, s=20, alpha=0.5, lw=0, **look)
+            axes.scatter(x, y, s=100, alpha=0.85, label=arm.name, ec="white", zorder=3, **look)
         axes.set_xlim(left=0)
         axes.margins(y=0.12)
         axes.set_xlabel("global MaxVio on held-out text (0 = even load)")
         axes.set_ylabel("final held-out loss (nats per byte)")
-        _legend(axes)
+        _legend(figure, axes)
     return text[0]
 
 
@@ -122,36 +141,28 @@ def relative_load(windows: list[list[int]]) -> list[list[float]]:
 
 
 def _curves(
-    summary: Summary,
-    pick: Callable[[ArmSummary], Curve],
-    label: str,
-    *,
-    marker: str = "",
-    floor: float | None = None,
-) -> str:
-    with _drawn(8.6, 4.0) as (figure, text):
-        axes = figure.subplots()
-        palette = colours(summary)
-        for arm in summary.arms:
-            curve, colour = pick(arm), palette[arm.name]
-            if not curve.steps:
-                continue
-            low, high = ([getattr(v, end) for v in curve.values] for end in ("low", "high"))
-            axes.fill_between(curve.steps, low, high, color=colour, alpha=0.16, lw=0)
-            means = [value.mean for value in curve.values]
-            axes.plot(curve.steps, means, color=colour, lw=1.9, marker=marker, ms=4, label=arm.name)
-        axes.set_xlabel("step")
-        axes.set_ylabel(label)
-        axes.margins(x=0.01)
-        if floor is not None:
-            axes.set_ylim(bottom=floor)
-        _legend(axes)
-    return text[0]
+    axes: Axes, summary: Summary, pick: Callable[[ArmSummary], Curve], marker: str = "o"
+) -> None:
+    palette = colours(summary)
+    for index, arm in enumerate(summary.arms):
+        curve, colour = pick(arm), palette[arm.name]
+        if not curve.steps:
+            continue
+        low, high = ([getattr(value, end) for value in curve.values] for end in ("low", "high"))
+        axes.fill_between(curve.steps, low, high, color=colour, alpha=0.16, lw=0)
+        means = [value.mean for value in curve.values]
+        dashes = DASHES[index % len(DASHES)]
+        axes.plot(
+            curve.steps, means, dashes, color=colour, lw=1.9, marker=marker, ms=4, label=arm.name
+        )
+    axes.set_xlabel("step")
+    axes.margins(x=0.01)
 
 
-def _legend(axes: Axes) -> None:
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), handlelength=1.6)
+def _legend(figure: Figure, axes: Axes) -> None:
+    handles, names = axes.get_legend_handles_labels()
+    if handles:
+        figure.legend(handles, names, loc="outside right center", handlelength=2.2)
 
 
 @contextmanager
@@ -168,4 +179,6 @@ def _drawn(width: float, height: float) -> Iterator[tuple[Figure, list[str]]]:
         out = io.StringIO()
         figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None})
     svg = out.getvalue()
+    # Where that font is missing, a reader still gets one without serifs.
+    svg = svg.replace("'DejaVu Sans'", "'DejaVu Sans', Helvetica, Arial, sans-serif")
     text.append(svg[svg.index("<svg") :])

@@ -12,7 +12,7 @@ from moetk.errors import ConfigError
 from moetk.io import write_file
 from moetk.sweep import figures
 from moetk.sweep.store import read_sweep
-from moetk.sweep.summary import ArmSummary, Curve, Summary, summarise
+from moetk.sweep.summary import ArmSummary, Curve, Summary, chance_agreement, summarise
 
 EXTRA = "install it with  pip install 'moetk[sweep]'"
 
@@ -82,6 +82,7 @@ def render(summary: Summary) -> str:
         number=number,
         signed=signed,
         parts=parts,
+        chance_agreement=chance_agreement,
         sees_future=[arm.name for arm in summary.arms if arm.causal is False],
         environment=environment_facts(summary),
         settings=json.dumps(shared_settings(summary), indent=2),
@@ -104,9 +105,10 @@ def figure_blocks(summary: Summary) -> list[FigureBlock]:
         FigureBlock(
             "loss",
             "Held-out loss",
-            f"Loss on files that no cell trained on; line = mean, {seeds}.",
+            f"Loss on files that no cell trained on, and its difference to {summary.baseline} with "
+            f"the same seed; line = mean, {seeds}.",
             figures.loss_figure(summary),
-            _curve_table(summary, "loss"),
+            _curve_table(summary, "loss", "gap"),
         ),
         FigureBlock(
             "violation",
@@ -137,31 +139,32 @@ def figure_blocks(summary: Summary) -> list[FigureBlock]:
 def headline(summary: Summary) -> list[str]:
     """What the numbers say, in sentences that a reader may quote."""
     sentences = []
-    base = next(arm for arm in summary.arms if arm.name == summary.baseline)
-    balanced = [
-        arm for arm in summary.arms if arm.max_violation is not None and arm.causal is not False
-    ]
-    if balanced:
-        best = min(balanced, key=lambda arm: arm.max_violation.mean)  # type: ignore[union-attr]
-        assert best.max_violation is not None
-        text = f"Most even load: {best.name}, global MaxVio {best.max_violation.mean:.2f}"
-        if base.max_violation is not None and best is not base:
-            text += f" ({base.name}: {base.max_violation.mean:.2f})"
+    loads = {arm.name: arm.train_violation for arm in summary.arms if arm.causal is not False}
+    known = {name: load.mean for name, load in loads.items() if load is not None}
+    if known:
+        best = min(known, key=lambda name: known[name])
+        text = f"Most even load in the last quarter of training: {best}, MaxVio {known[best]:.2f}"
+        if summary.baseline in known and best != summary.baseline:
+            text += f" ({summary.baseline}: {known[summary.baseline]:.2f})"
         sentences.append(text + ".")
-    compared = [
-        arm for arm in summary.arms if arm.difference is not None and arm.causal is not False
-    ]
-    for verdict in ("lower", "higher", "within noise"):
-        names = [arm.name for arm in compared if arm.difference.verdict == verdict]  # type: ignore[union-attr]
-        if names:
-            sentences.append(
-                f"Final loss {verdict} {_than(verdict)}{base.name}: {', '.join(names)}."
-            )
+    verdicts: dict[str, list[str]] = {}
+    for arm in summary.arms:
+        if arm.difference is not None and arm.causal is not False:
+            verdicts.setdefault(arm.difference.verdict, []).append(arm.name)
+    for verdict, names in verdicts.items():
+        ends = ", ".join(names)
+        if verdict == "within noise":
+            sentences.append(f"Final loss within noise of {summary.baseline}: {ends}.")
+        elif verdict == "one seed":
+            sentences.append(f"One seed says nothing about the loss of {ends}.")
+        else:
+            sentences.append(f"Final loss {_lean(verdict)} {summary.baseline}: {ends}.")
     return sentences
 
 
-def _than(verdict: str) -> str:
-    return "of " if verdict == "within noise" else "than "
+def _lean(verdict: str) -> str:
+    word, _, weakly = verdict.partition(", ")
+    return f"leans {word}, {weakly}, than" if weakly else f"{word} than"
 
 
 def environment_facts(summary: Summary) -> list[tuple[str, str]]:
@@ -229,22 +232,21 @@ def _sizes(data: dict[str, Any]) -> str:
     return ", ".join(f"{value:,} {key.replace('_', ' ')}" for key, value in sizes.items())
 
 
-def _curve_table(summary: Summary, name: str) -> Table:
-    curves: dict[str, Curve] = {arm.name: getattr(arm, name) for arm in summary.arms}
-    found = {
-        arm: dict(zip(curve.steps, curve.values, strict=True)) for arm, curve in curves.items()
-    }
-    steps = sorted({step for values in found.values() for step in values})
-    rows = []
-    for step in steps:
-        row = [str(step)]
-        for values in found.values():
-            value = values.get(step)
-            row.append(
-                "–" if value is None else f"{value.mean:.3f} ({value.low:.3f} to {value.high:.3f})"
-            )
-        rows.append(tuple(row))
-    return Table(("step", *(f"{arm}, mean (range)" for arm in found)), tuple(rows))
+def _curve_table(summary: Summary, *names: str) -> Table:
+    """A column for each arm and curve: the mean, and the range over seeds."""
+    words = {"loss": "loss", "gap": f"minus {summary.baseline}", "violation": "MaxVio"}
+    columns: dict[str, dict[int, str]] = {}
+    for name in names:
+        for arm in summary.arms:
+            curve: Curve = getattr(arm, name)
+            columns[f"{arm.name}, {words[name]}"] = {
+                step: f"{value.mean:.3f} ({value.low:.3f} to {value.high:.3f})"
+                for step, value in zip(curve.steps, curve.values, strict=True)
+            }
+    shown = {title: cells for title, cells in columns.items() if cells}
+    steps = sorted({step for cells in shown.values() for step in cells})
+    rows = [(str(step), *(cells.get(step, "–") for cells in shown.values())) for step in steps]
+    return Table(("step", *shown), tuple(rows))
 
 
 def _load_table(summary: Summary) -> Table:
@@ -270,10 +272,12 @@ def _cell_table(summary: Summary) -> Table:
                 result["status"],
                 number(result.get("initial_loss")),
                 number(result.get("final_loss")),
+                number(result.get("train_max_violation")),
                 number(result.get("max_violation")),
                 f"{row['run'].get('seconds', 0.0):.0f}",
                 row["key"][:12],
             )
         )
-    columns = ("arm", "seed", "status", "loss before", "loss after", "MaxVio", "seconds", "key")
+    before = ("arm", "seed", "status", "loss before", "loss after")
+    columns = (*before, "MaxVio in training", "MaxVio held-out", "seconds", "key")
     return Table(columns, tuple(rows))

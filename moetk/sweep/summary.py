@@ -16,6 +16,7 @@ from moetk.sweep.store import Row
 
 EXACT_UP_TO = 6
 RESAMPLES = 10_000
+WEAK = 0.05
 
 
 @dataclass(frozen=True)
@@ -40,15 +41,16 @@ class Difference:
     @property
     def verdict(self) -> str:
         if self.low is None or self.high is None:
-            return "one seed: no interval"
+            return "one seed"
         if self.low <= 0 <= self.high:
             return "within noise"
-        return "lower" if self.mean < 0 else "higher"
+        lean = "lower" if self.mean < 0 else "higher"
+        return lean if chance_agreement(self.n) <= WEAK else f"{lean}, weakly"
 
-    @property
-    def by_chance(self) -> float:
-        """How often n seeds would all lean one way if there were no difference at all."""
-        return float(2.0 ** (1 - self.n))
+
+def chance_agreement(seeds: int) -> float:
+    """How often this many seeds all lean one way when there is no difference at all."""
+    return float(2.0 ** (1 - seeds))
 
 
 @dataclass(frozen=True)
@@ -61,17 +63,23 @@ class Curve:
 
 @dataclass(frozen=True)
 class ArmSummary:
-    """One arm. Numbers are over the cells that ended well; None where none did."""
+    """One arm. Numbers are over the cells that ended well; None where none did.
+
+    max_violation: MaxVio of all held-out choices together; train_violation: of the last quarter of
+    training. gap: held-out loss minus the baseline's of the same seed.
+    """
 
     name: str
     settings: Mapping[str, Any]
     cells: tuple[Row, ...]
     final_loss: Spread | None
     max_violation: Spread | None
+    train_violation: Spread | None
     drop_fraction: float | None
     difference: Difference | None
     causal: bool | None
     loss: Curve
+    gap: Curve
     violation: Curve
 
     @property
@@ -133,11 +141,13 @@ def _arm(
         cells=cells,
         final_loss=spread([result["final_loss"] for result in results]),
         max_violation=spread([result["max_violation"] for result in results]),
+        train_violation=spread([result["train_max_violation"] for result in results]),
         drop_fraction=mean(drops) if drops else None,
         difference=None if is_baseline else paired_difference(good_cells(cells), baseline),
         # One seed that sees the future is enough.
         causal=False if False in verdicts else (True if verdicts == {True} else None),
         loss=_curve([dict(result["held_out"]) for result in results]),
+        gap=_curve([] if is_baseline else _gaps(good_cells(cells), baseline)),
         violation=_curve([_windowed(result) for result in results]),
     )
 
@@ -164,16 +174,25 @@ def paired_difference(cells: Sequence[Row], baseline: Sequence[Row]) -> Differen
 
 
 def bootstrap_interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float]:
-    """The percentile interval of the mean of `values` under resampling with replacement."""
+    """The percentile interval of the mean of `values` under resampling with replacement: at most
+    (1 - level) / 2 of the resampled means lie below it, and as many above."""
     n = len(values)
     if n <= EXACT_UP_TO:
         means = sorted(mean(drawn) for drawn in itertools.product(values, repeat=n))
     else:
         chance = random.Random(0)
         means = sorted(mean(chance.choices(values, k=n)) for _ in range(RESAMPLES))
-    tail = (1 - level) / 2
-    last = len(means) - 1
-    return means[round(tail * last)], means[round((1 - tail) * last)]
+    cut = int((1 - level) / 2 * len(means))
+    return means[cut], means[-1 - cut]
+
+
+def _gaps(cells: Sequence[Row], baseline: Sequence[Row]) -> list[dict[int, float]]:
+    theirs = {row["seed"]: dict(row["result"]["held_out"]) for row in baseline}
+    return [
+        {step: loss - base[step] for step, loss in row["result"]["held_out"] if step in base}
+        for row in cells
+        if (base := theirs.get(row["seed"])) is not None
+    ]
 
 
 def _windowed(result: Mapping[str, Any]) -> dict[int, float]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
+from moetk.errors import NonFiniteRoutingError
 from moetk.io import sha256
 from moetk.layers.recording import record
 from moetk.layers.replace import Replacement, replace_moe
@@ -79,7 +80,8 @@ def build_arm(config: CellConfig, seed: int) -> tuple[nn.Module, Replacement]:
 def train_arm(config: CellConfig, seed: int, corpus: Corpus, on_step: OnStep) -> dict[str, Any]:
     """Train the arm; returns `row.result`: losses in nats a byte, balance, drops, causality.
 
-    status "diverged" = a loss was not finite; the run ends there and what was measured is kept.
+    status "diverged" = a loss or a routing weight was not finite; the run ends there, and what was
+    measured until then is kept.
     """
     torch.use_deterministic_algorithms(True)
     settings, steps = config.train, config.steps
@@ -97,45 +99,48 @@ def train_arm(config: CellConfig, seed: int, corpus: Corpus, on_step: OnStep) ->
 
     load = LoadLog()
     losses: list[float] = []
-    curve = [(0, evaluate(model, held_out)["loss"])]
-    for step in range(1, steps + 1):
-        ids_BS = next(batches)
-        model.train()
-        with record(model) as recording:
-            loss = model(input_ids=ids_BS, labels=ids_BS).loss
-        if not math.isfinite(loss.item()):
-            return {
-                "status": "diverged",
-                "error": f"the loss of step {step} is {loss.item()}",
-                "initial_loss": curve[0][1],
-                "final_loss": None,
-                "train_loss": losses,
-                "held_out": curve,
-                **load.result(),
-            }
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), settings.clip)
-        optimizer.step()
-        schedule.step()
-        losses.append(loss.item())
-        load.add({layer: tokens_per_expert(entries[-1]) for layer, entries in recording.items()})
-        if step % settings.eval_every == 0 and step < steps:
-            curve.append((step, evaluate(model, held_out)["loss"]))
-        on_step({"step": step, "steps": steps, "loss": losses[-1]})
-
-    final = evaluate(model, held_out)
-    curve.append((steps, final.pop("loss")))
+    curve: list[tuple[int, float]] = []
+    try:
+        for step in range(1, steps + 1):
+            if (step - 1) % settings.eval_every == 0:
+                curve.append((step - 1, evaluate(model, held_out)["loss"]))
+            model.train()
+            ids_BS = next(batches)
+            with record(model) as recording:
+                loss = model(input_ids=ids_BS, labels=ids_BS).loss
+            losses.append(_finite(loss, f"training step {step}"))
+            load.add({layer: tokens_per_expert(last) for layer, (*_, last) in recording.items()})
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), settings.clip)
+            optimizer.step()
+            schedule.step()
+            on_step({"step": step, "steps": steps, "loss": losses[-1]})
+        final = evaluate(model, held_out)
+        curve.append((steps, final.pop("loss")))
+        causal = is_causal(model, held_out[0], VOCABULARY)
+    except (Diverged, NonFiniteRoutingError) as error:
+        ending: dict[str, Any] = {"status": "diverged", "error": str(error), "final_loss": None}
+    else:
+        ending = {"status": "ok", "final_loss": curve[-1][1], "causal": causal, **final}
     return {
-        "status": "ok",
-        "initial_loss": curve[0][1],
-        "final_loss": curve[-1][1],
+        "initial_loss": curve[0][1] if curve else None,
         "train_loss": losses,
         "held_out": curve,
-        **final,
         **load.result(),
-        "causal": is_causal(model, held_out[0], VOCABULARY),
+        **ending,
     }
+
+
+class Diverged(Exception):
+    """A loss is not a finite number."""
+
+
+def _finite(loss: Tensor, where: str) -> float:
+    value = loss.item()
+    if not math.isfinite(value):
+        raise Diverged(f"the loss of {where} is {value}")
+    return float(value)
 
 
 def warmup_then_cosine(settings: TrainSettings, steps: int) -> Callable[[int], float]:
@@ -157,12 +162,14 @@ def evaluate(model: nn.Module, batches_NBS: Tensor) -> dict[str, Any]:
     max_violation: of the counts over all batches together (MaxVio_global of arXiv 2408.15664), the
     mean over layers; max_violation_by_layer has each. drop_fraction: choices that found no room,
     None where experts choose. unserved_fraction: tokens that no expert served. Both of all layers.
+    Raises Diverged.
     """
     model.eval()
     losses = []
     with record(model) as recording:
         for ids_BS in batches_NBS:
-            losses.append(model(input_ids=ids_BS, labels=ids_BS).loss.item())
+            loss = model(input_ids=ids_BS, labels=ids_BS).loss
+            losses.append(_finite(loss, "a held-out batch"))
     counts = {
         layer: torch.stack([tokens_per_expert(entry) for entry in entries]).sum(0)
         for layer, entries in recording.items()
@@ -193,8 +200,9 @@ class LoadLog:
         self.violations.append(mean(values))
 
     def result(self) -> dict[str, Any]:
-        """batch_max_violation: one value a step, the mean over layers. load: counts summed over at
-        most 60 windows of steps; `steps` has each window's last step."""
+        """batch_max_violation: one value a step, the mean over layers. train_max_violation: of the
+        counts over the last quarter of the steps together. load: counts summed over at most 60
+        windows of steps; `steps` has each window's last step."""
         total = len(self.counts)
         windows = min(WINDOWS, total)
         ends = [round((index + 1) * total / windows) for index in range(windows)]
@@ -202,6 +210,7 @@ class LoadLog:
         layers = self.counts[0] if self.counts else {}
         return {
             "batch_max_violation": self.violations,
+            "train_max_violation": self._over(total - -(-total // 4), total),
             "load": {
                 "steps": ends,
                 "layers": {
@@ -215,3 +224,11 @@ class LoadLog:
                 },
             },
         }
+
+    def _sum(self, layer: int, start: int, end: int) -> Tensor:
+        return torch.stack([step[layer] for step in self.counts[start:end]]).sum(0)
+
+    def _over(self, start: int, end: int) -> float | None:
+        if start == end:
+            return None
+        return mean(float(max_violation(self._sum(layer, start, end))) for layer in self.counts[0])

@@ -135,4 +135,4 @@ def describe_row(row: dict[str, Any]) -> str:
     if result["status"] != "ok":
         return f"{result['status']} after {seconds:.0f} s: {result.get('error', '')}"
     losses = f"held-out loss {result['initial_loss']:.3f} -> {result['final_loss']:.3f}"
-    return f"{losses}, MaxVio {result['max_violation']:.2f}, {seconds:.0f} s"
+    return f"{losses}, MaxVio {result['train_max_violation']:.2f}, {seconds:.0f} s"

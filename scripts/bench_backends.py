@@ -79,7 +79,7 @@ def main() -> None:
 
             with torch.no_grad():
                 inference = microseconds(forward, 40)
-            training = microseconds(lambda: forward().sum().backward(), 16)  # noqa: B023
+            training = microseconds(lambda: forward().sum().backward(), 16)
             shape = f"E={num_experts} K={top_k} T={num_tokens} H=I={WIDTH}"
             dtype_name = str(dtype).removeprefix("torch.")
             print(

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+import inspect
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -17,12 +16,11 @@ from moetk.errors import (
     MoetkError,
     ReplaceError,
     RouterConfigError,
-    UnsupportedModelError,
 )
 from moetk.experts.backends import check_backend_name
 from moetk.layers.attach import Attachment, Controller, Loss, Reduce, Steered, step_all
 from moetk.layers.carrier import Carrier, CloseBase, CloseModel, OpenBase, OpenModel
-from moetk.layers.families import FAMILIES, Family, family_of
+from moetk.layers.find import BlockSpec, Found, find_blocks, layer_index, root_of, specs_of
 from moetk.layers.saving import SavingShell
 from moetk.layers.shells import (
     BOUND,
@@ -34,61 +32,32 @@ from moetk.layers.shells import (
     RouterShell,
     Site,
 )
-from moetk.layers.swap import extend, is_extended, own_class, withdraw
+from moetk.layers.swap import extend, is_extended, withdraw
 from moetk.routers import MixtralRouter
 from moetk.routing import Routing
 
 REPLACEMENT = "_moetk_replacement"
 
 
-@dataclass(frozen=True, eq=False)
-class BlockSpec:
-    """What a router factory is told about the layer it builds for.
-
-    name: the block's name in the model. layer: index of its decoder layer. moe_index: its place
-    among the num_moe_layers mixture-of-experts layers. gate: transformers' router; a factory may
-    start from its weights. config: the model's. module: the block.
-    """
-
-    name: str
-    layer: int
-    moe_index: int
-    num_moe_layers: int
-    hidden_size: int
-    num_experts: int
-    top_k: int
-    intermediate_size: int
-    gate: nn.Module
-    config: Any
-    module: nn.Module
-
-
 Router = Callable[[Tensor, RouterContext], Routing]
 Factory = Callable[[BlockSpec], Router | None]
-
-
-@dataclass(frozen=True, eq=False)
-class _Found:
-    """One block of the model, with wrappers looked through."""
-
-    name: str
-    block: nn.Module
-    layer_name: str
-    layer: nn.Module
-    family: Family
-    gate: nn.Module
-    experts: nn.Module
 
 
 class Replacement:
     """What `replace_moe` did, and the way back. Sites are in the order of the layers."""
 
     def __init__(
-        self, model: nn.Module, carrier: Carrier, sites: Sequence[Site], found: Sequence[_Found]
+        self,
+        model: Any,
+        carrier: Carrier,
+        sites: Sequence[Site],
+        found: Sequence[Found],
+        routers: Sequence[Router | None],
     ) -> None:
-        self.model, self.carrier, self.sites, self._found = model, carrier, tuple(sites), found
+        self.model, self.carrier, self.sites = model, carrier, tuple(sites)
+        self._found, self._routers = found, routers
         self._hooks: list[Any] = []
-        self.label = ""
+        self.label = _label(routers)
 
     @property
     def steered(self) -> list[Steered]:
@@ -118,6 +87,22 @@ class Replacement:
         from moetk.layers.trainer import controller_callback
 
         return controller_callback(self, reduce)
+
+    def install(self) -> None:
+        """Put the parts in again after `restore`; all of them, or none where one cannot be."""
+        try:
+            for found, site, made in zip(self._found, self.sites, self._routers, strict=True):
+                _install(found, site, made)
+            if self.sites:
+                _hook(self, self.model)
+                vars(self.model)[REPLACEMENT] = self
+                if self.label:
+                    self.model.config.moetk = {"router": self.label, "format": 1}
+                if self.label or self.steered:
+                    extend(self.model, SavingShell)
+        except Exception:
+            self.restore()
+            raise
 
     def restore(self) -> None:
         """Give the model its own classes back, bit for bit, and drop custom routers.
@@ -222,126 +207,31 @@ def replace_moe(
     UnsupportedModelError for a mixture-of-experts model without a row in moetk.layers.families,
     ReplaceError where another library holds a module's forward, BackendError, RouterConfigError.
     """
-    root = _root(model)
+    root = root_of(model)
     if backend != "stock":
         check_backend_name(backend)
+    found = list(find_blocks(root))
     earlier = vars(root).get(REPLACEMENT)
-    found = list(_find(root, backend))
     if isinstance(earlier, Replacement):
         earlier.restore()
-    carrier = Carrier(torch.initial_seed() if seed is None else seed)
-    carrier.wants_loss = bool(losses) and aux_scale is None
-    routers = [_build(router, spec) for spec in _specs(found, root)]
-    label = _label(routers)
-    sites = [
-        _site(
-            index, item, made, carrier, losses, controllers, backend, dispatcher, aux_scale, check
-        )
-        for index, (item, made) in enumerate(zip(found, routers, strict=True))
-    ]
-    carrier.refuse_hf_aux = _refusal(sites, routers)
-    replacement = Replacement(root, carrier, sites, found)
-    replacement.label = label
     try:
-        for item, site, made in zip(found, sites, routers, strict=True):
-            _install(item, site, made)
-        if found:
-            _hook(replacement, root)
-            vars(root)[REPLACEMENT] = replacement
-            if label:
-                root.config.moetk = {"router": label, "format": 1}
-            if label or controllers:
-                extend(root, SavingShell)
+        carrier = Carrier(torch.initial_seed() if seed is None else seed)
+        carrier.wants_loss = bool(losses) and aux_scale is None
+        routers = [_build(router, spec) for spec in specs_of(found, root)]
+        sites = [
+            _site(
+                n, item, made, carrier, losses, controllers, backend, dispatcher, aux_scale, check
+            )
+            for n, (item, made) in enumerate(zip(found, routers, strict=True))
+        ]
+        carrier.refuse_hf_aux = _refusal(sites, routers)
+        replacement = Replacement(root, carrier, sites, found, routers)
+        replacement.install()
     except Exception:
-        replacement.restore()
+        if isinstance(earlier, Replacement):
+            earlier.install()
         raise
     return replacement
-
-
-def _root(model: nn.Module) -> Any:
-    """The transformers model below wrappers."""
-    from transformers import PreTrainedModel
-
-    for module in model.modules():
-        if isinstance(module, PreTrainedModel):
-            return module
-    raise UnsupportedModelError(
-        f"{type(model).__name__} is not, and does not hold, a transformers model. Compose a "
-        "moetk.MoELayer from parts instead."
-    )
-
-
-def unwrapped(module: nn.Module) -> nn.Module:
-    """Below PEFT's wrappers, which keep the module they wrap as `base_layer`."""
-    while isinstance(getattr(module, "base_layer", None), nn.Module):
-        module = module.base_layer  # type: ignore[assignment]
-    return module
-
-
-def _find(root: nn.Module, backend: str) -> Iterator[_Found]:
-    from transformers.modeling_layers import GradientCheckpointingLayer
-
-    modules = dict(root.named_modules())
-    for name, block in modules.items():
-        family = family_of(block)
-        if family is None:
-            _refuse_unknown(name, block)
-            continue
-        gate = unwrapped(getattr(block, family.router))
-        experts = unwrapped(getattr(block, family.experts))
-        if own_class(gate).__name__ not in family.gates:
-            raise UnsupportedModelError(
-                f"{name}: {type(gate).__name__} is not a router moetk knows for "
-                f"{family.model_type} ({', '.join(family.gates)})."
-            )
-        if any(p.is_meta for p in (*gate.parameters(), *experts.parameters())):
-            raise ReplaceError(
-                f"{name} is on the meta device: replace after the weights are loaded."
-            )
-        layer_name = name
-        while not isinstance(modules[layer_name], GradientCheckpointingLayer):
-            if "." not in layer_name:
-                raise UnsupportedModelError(f"{name} does not lie in a decoder layer.")
-            layer_name = layer_name.rsplit(".", 1)[0]
-        yield _Found(name, block, layer_name, modules[layer_name], family, gate, experts)
-
-
-def _refuse_unknown(name: str, block: nn.Module) -> None:
-    cls = own_class(block)
-    if not cls.__module__.startswith("transformers.models."):
-        return
-    experts = block._modules.get("experts")
-    if experts is None or not (hasattr(block, "gate") or hasattr(block, "router")):
-        return
-    known = ", ".join(sorted({family.model_type for family in FAMILIES}))
-    raise UnsupportedModelError(
-        f"{name}: {cls.__name__} is a mixture-of-experts block without a row in "
-        f'moetk.layers.families ({known}). Load the model with backend="stock" to use it as it '
-        "is; it was left untouched."
-    )
-
-
-def _specs(found: Sequence[_Found], root: nn.Module) -> Iterator[BlockSpec]:
-    for index, item in enumerate(found):
-        spec = item.family.spec(item.experts)
-        yield BlockSpec(
-            name=item.name,
-            layer=_layer_index(item.layer_name, index),
-            moe_index=index,
-            num_moe_layers=len(found),
-            hidden_size=spec.hidden_size,
-            num_experts=spec.num_experts,
-            top_k=int(item.gate.top_k),  # type: ignore[arg-type]
-            intermediate_size=spec.intermediate_size,
-            gate=item.gate,
-            config=root.config,
-            module=item.block,
-        )
-
-
-def _layer_index(layer_name: str, default: int) -> int:
-    numbers = re.findall(r"\.(\d+)(?=\.|$)", layer_name)
-    return int(numbers[-1]) if numbers else default
 
 
 def _build(factory: Factory | None, spec: BlockSpec) -> Router | None:
@@ -381,7 +271,7 @@ def _name_of(made: Router) -> str:
 
 def _site(
     index: int,
-    item: _Found,
+    item: Found,
     made: Router | None,
     carrier: Carrier,
     losses: Sequence[Loss],
@@ -395,7 +285,7 @@ def _site(
         raise BackendError('backend="stock" runs transformers\' own experts: dispatcher=None.')
     return Site(
         name=item.name,
-        layer=_layer_index(item.layer_name, index),
+        layer=layer_index(item.layer_name, index),
         index=index,
         family=item.family,
         gate_row=item.family.gate_row(item.gate),
@@ -413,8 +303,8 @@ def _site(
     )
 
 
-def _install(item: _Found, site: Site, made: Router | None) -> None:
-    gate_row = site.gate_row
+def _install(item: Found, site: Site, made: Router | None) -> None:
+    gate_row, site.active = site.gate_row, True
     if made is None:
         site.settings = {"tie": "stock", **gate_row.settings(item.gate)}
         vars(item.gate).update(site.settings)
@@ -435,8 +325,6 @@ def _install(item: _Found, site: Site, made: Router | None) -> None:
 
 
 def _hook(replacement: Replacement, root: nn.Module) -> None:
-    import inspect
-
     carrier = replacement.carrier
     base: Any = root.base_model
     handles = [

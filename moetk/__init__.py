@@ -32,7 +32,7 @@ __all__ = [
 _ROOMS = {"controllers", "dispatch", "losses", "metrics", "routers"}
 _MODULE_OF = {
     "AutoModelForCausalLM": "moetk.auto",
-    "BlockSpec": "moetk.layers.replace",
+    "BlockSpec": "moetk.layers.find",
     "ExpertBank": "moetk.experts",
     "ExpertChoice": "moetk.routing",
     "LinearRouter": "moetk.routers",
@@ -58,7 +58,8 @@ if TYPE_CHECKING:  # what editors and mypy read; a test holds it equal to the ta
     from moetk.layers.moe import MoELayer
     from moetk.layers.recording import record, replay
     from moetk.layers.register import register
-    from moetk.layers.replace import BlockSpec, Replacement, replace_moe
+    from moetk.layers.find import BlockSpec
+    from moetk.layers.replace import Replacement, replace_moe
     from moetk.routers import LinearRouter
     from moetk.routing import ExpertChoice, Routing, SoftChoice, TokenChoice
 else:  # hidden from type checkers, so that they still flag a name that is not there

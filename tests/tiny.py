@@ -35,7 +35,7 @@ MLA = {
     "v_head_dim": 8,
 }
 EXTRA: dict[str, dict[str, Any]] = {
-    "qwen3_moe": {"norm_topk_prob": True},
+    "qwen3_moe": {"norm_topk_prob": True, "num_experts": E},
     "mixtral": {},
     "olmoe": {},
     "granitemoe": {},

@@ -39,7 +39,7 @@ STYLE: dict[str, Any] = {
     "xtick.color": "#52606d",
     "ytick.color": "#52606d",
     "legend.frameon": False,
-    "figure.facecolor": "none",
+    "figure.facecolor": "white",
     "axes.facecolor": "none",
 }
 

@@ -197,20 +197,20 @@ def shared_settings(summary: Summary) -> dict[str, Any]:
     return {table: settings[table] for table in ("sweep", "model", "data", "train")}
 
 
-def parts(arm: ArmSummary) -> list[str]:
-    """An arm's router, losses and controllers as they would be written."""
-
-    def written(part: dict[str, Any]) -> str:
-        args = [f"{key}={value!r}" for key, value in part.items() if key != "name"]
-        return f"{part['name']}({', '.join(args)})"
-
+def parts(arm: ArmSummary) -> list[tuple[str, str]]:
+    """An arm's router, losses and controllers, and what else it sets: (name, arguments)."""
     settings = arm.settings
-    found = [written(part) for part in (settings["router"], *settings["losses"])]
-    found += [written(part) for part in settings["controllers"]]
+    found = [
+        (
+            part["name"],
+            ", ".join(f"{key}={value!r}" for key, value in part.items() if key != "name"),
+        )
+        for part in (settings["router"], *settings["losses"], *settings["controllers"])
+    ]
     if settings["lr"] is not None:
-        found.append(f"lr={settings['lr']:g}")
+        found.append(("lr", f"{settings['lr']:g}"))
     if settings["backend"] != "auto":
-        found.append(f"backend={settings['backend']}")
+        found.append(("backend", settings["backend"]))
     return found
 
 

@@ -33,8 +33,8 @@ def results_block(rows: list[dict[str, str]]) -> str:
     lines += [
         "",
         f"Mean (smallest to largest) over {seeds} seeds. {len(rows)} cells of {first['steps']} "
-        f"steps, {seconds:.0f} s of them together, {first['threads']} thread each, {first['processor']}; "
-        f"torch {first['torch']}, transformers {first['transformers']}, "
+        f"steps, {seconds:.0f} s of them together, {first['threads']} thread each, "
+        f"{first['processor']}; torch {first['torch']}, transformers {first['transformers']}, "
         f"moetk {first['moetk']} at {first['commit']}, {first['date'][:10]}.",
     ]
     return "\n".join(lines)

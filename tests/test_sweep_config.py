@@ -88,6 +88,7 @@ def test_a_cell_survives_the_pipe(raw):
         ({"sweep__seeds": [1, 1]}, r"seeds = \[1, 1\]; allowed: no seed twice"),
         ({"sweep__seeds": 3}, r"seeds is 3; a list of whole numbers"),
         ({"sweep__name": "../x"}, r"\[sweep\] name = '../x'; allowed: letters"),
+        ({"sweep__name": ".."}, r"\[sweep\] name = '..'; allowed: letters"),
         ({"sweep__baseline": "aa"}, r"\[sweep\] baseline = 'aa'; did you mean 'a'\?"),
         ({"model__top_k": 9}, r"\[model\] top_k = 9; allowed: <= experts = 8"),
         ({"model__heads": 3}, r"\[model\] heads = 3; allowed: an even share of hidden_size = 64"),

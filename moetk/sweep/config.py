@@ -5,17 +5,24 @@ Every number of a run is here, so that a row in the results says all that was as
 
 from __future__ import annotations
 
-import difflib
-import math
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from typing import Any
 
 from moetk.errors import ConfigError
-
-S = TypeVar("S")
+from moetk.sweep.tables import (
+    is_plain_name,
+    need,
+    need_json,
+    need_one_of,
+    need_positive,
+    only_known,
+    settings_of,
+    table_of,
+    value_of,
+)
 
 FAMILIES = ("qwen3_moe",)
 CORPORA = ("python_stdlib",)
@@ -217,15 +224,15 @@ def load_config(path: Path) -> Config:
 
 def parse_config(raw: Mapping[str, Any], folder: Path) -> Config:
     """Check a sweep's tables. Raises ConfigError as load_config does."""
-    _known(raw, ("sweep", "model", "data", "train", "arm"), "The file")
+    only_known(raw, ("sweep", "model", "data", "train", "arm"), "The file")
     arms = raw.get("arm", [])
     if not isinstance(arms, list) or not arms:
         raise ConfigError("The file has no [[arm]]; a sweep compares at least one.")
     config = Config(
-        sweep=_settings(SweepSettings, raw.get("sweep", {}), "[sweep]"),
-        model=_settings(ModelSettings, raw.get("model", {}), "[model]"),
-        data=_settings(DataSettings, raw.get("data", {}), "[data]"),
-        train=_settings(TrainSettings, raw.get("train", {}), "[train]"),
+        sweep=settings_of(SweepSettings, raw.get("sweep", {}), "[sweep]"),
+        model=settings_of(ModelSettings, raw.get("model", {}), "[model]"),
+        data=settings_of(DataSettings, raw.get("data", {}), "[data]"),
+        train=settings_of(TrainSettings, raw.get("train", {}), "[train]"),
         arms=tuple(_arm(table, index) for index, table in enumerate(arms)),
         folder=folder,
     )
@@ -236,50 +243,54 @@ def parse_config(raw: Mapping[str, Any], folder: Path) -> Config:
 def _check(config: Config) -> None:
     """Every rule on a value, in the order of the file."""
     sweep, model, data, train = config.sweep, config.model, config.data, config.train
-    _need(_printable(sweep.name), "[sweep] name", sweep.name, "letters, digits, '-', '_', '.'")
+    need(is_plain_name(sweep.name), "[sweep] name", sweep.name, "letters, digits, '-', '_', '.'")
     seeds = sweep.seeds
-    _need(len(seeds) > 0, "[sweep] seeds", list(seeds), "at least one")
-    _need(len(set(seeds)) == len(seeds), "[sweep] seeds", list(seeds), "no seed twice")
-    _need(min(seeds) >= 0, "[sweep] seeds", list(seeds), "0 or more")
-    _positive("[sweep]", sweep, "steps", "timeout")
+    need(len(seeds) > 0, "[sweep] seeds", list(seeds), "at least one")
+    need(len(set(seeds)) == len(seeds), "[sweep] seeds", list(seeds), "no seed twice")
+    need(min(seeds) >= 0, "[sweep] seeds", list(seeds), "0 or more")
+    need_positive("[sweep]", sweep, "steps", "timeout")
 
-    _choice("[model] family", model.family, FAMILIES)
-    _positive("[model]", model, "hidden_size", "layers", "experts", "top_k", "intermediate_size")
-    _positive("[model]", model, "heads", "kv_heads")
-    _need(
+    need_one_of("[model] family", model.family, FAMILIES)
+    need_positive(
+        "[model]", model, "hidden_size", "layers", "experts", "top_k", "intermediate_size"
+    )
+    need_positive("[model]", model, "heads", "kv_heads")
+    need(
         model.top_k <= model.experts, "[model] top_k", model.top_k, f"<= experts = {model.experts}"
     )
-    _need(
+    need(
         model.hidden_size % (2 * model.heads) == 0,
         "[model] heads",
         model.heads,
         f"an even share of hidden_size = {model.hidden_size} a head",
     )
-    _need(
+    need(
         model.heads % model.kv_heads == 0,
         "[model] kv_heads",
         model.kv_heads,
         f"a divisor of heads = {model.heads}",
     )
 
-    _choice("[data] kind", data.kind, CORPORA)
-    _positive("[data]", data, "max_bytes")
-    _need(0 < data.held_out < 1, "[data] held_out", data.held_out, "between 0 and 1")
+    need_one_of("[data] kind", data.kind, CORPORA)
+    need_positive("[data]", data, "max_bytes")
+    need(0 < data.held_out < 1, "[data] held_out", data.held_out, "between 0 and 1")
 
-    _positive("[train]", train, "lr", "clip", "batch_size", "threads", "eval_every", "eval_batches")
-    _need(0 <= train.final_lr <= 1, "[train] final_lr", train.final_lr, "0 to 1, a share of lr")
-    _need(train.warmup >= 0, "[train] warmup", train.warmup, "0 or more")
-    _need(train.weight_decay >= 0, "[train] weight_decay", train.weight_decay, "0 or more")
-    _need(train.sequence_length >= 2, "[train] sequence_length", train.sequence_length, "2 or more")
+    need_positive(
+        "[train]", train, "lr", "clip", "batch_size", "threads", "eval_every", "eval_batches"
+    )
+    need(0 <= train.final_lr <= 1, "[train] final_lr", train.final_lr, "0 to 1, a share of lr")
+    need(train.warmup >= 0, "[train] warmup", train.warmup, "0 or more")
+    need(train.weight_decay >= 0, "[train] weight_decay", train.weight_decay, "0 or more")
+    need(train.sequence_length >= 2, "[train] sequence_length", train.sequence_length, "2 or more")
 
     names = [arm.name for arm in config.arms]
     for arm in config.arms:
         where = f"[[arm]] {arm.name}"
-        _need(_printable(arm.name), "[[arm]] name", arm.name, "letters, digits, '-', '_', '.'")
-        _need(names.count(arm.name) == 1, "[[arm]] name", arm.name, "no name twice")
-        _need(arm.lr is None or arm.lr > 0, f"{where} lr", arm.lr, "more than 0")
-        _choice(f"{where} backend", arm.backend, BACKENDS)
-    _choice("[sweep] baseline", sweep.baseline, names)
+        need(is_plain_name(arm.name), "[[arm]] name", arm.name, "letters, digits, '-', '_', '.'")
+        need(names.count(arm.name) == 1, "[[arm]] name", arm.name, "no name twice")
+        need(arm.lr is None or arm.lr > 0, f"{where} lr", arm.lr, "more than 0")
+        need_one_of(f"{where} backend", arm.backend, BACKENDS)
+    need_one_of("[sweep] baseline", sweep.baseline, names)
 
 
 def _arm(raw: Any, index: int) -> Arm:
@@ -288,11 +299,11 @@ def _arm(raw: Any, index: int) -> Arm:
         raise ConfigError(f"{where} is {raw!r}, not a table.")
     if isinstance(raw.get("name"), str):
         where = f"[[arm]] {raw['name']}"
-    _known(raw, ("args", *(f.name for f in fields(Arm))), where)
+    only_known(raw, ("args", *(f.name for f in fields(Arm))), where)
     for key in ("name", "router"):
         if not isinstance(raw.get(key), str):
             raise ConfigError(f"{where} {key} is {raw.get(key)!r}; a string is needed.")
-    lr, args = raw.get("lr"), _table(raw.get("args", {}), f"{where} args")
+    lr, args = raw.get("lr"), table_of(raw.get("args", {}), f"{where} args")
     if "name" in args:
         raise ConfigError(f"{where} args has 'name', which is the router's own, in router = ....")
     return Arm(
@@ -300,8 +311,8 @@ def _arm(raw: Any, index: int) -> Arm:
         router=_part({"name": raw["router"], **args}, f"{where} router"),
         losses=_parts(raw.get("losses", []), f"{where} losses"),
         controllers=_parts(raw.get("controllers", []), f"{where} controllers"),
-        lr=None if lr is None else _value(float, lr, f"{where} lr"),
-        backend=_value(str, raw.get("backend", "auto"), f"{where} backend"),
+        lr=None if lr is None else value_of(float, lr, f"{where} lr"),
+        backend=value_of(str, raw.get("backend", "auto"), f"{where} backend"),
     )
 
 
@@ -312,7 +323,7 @@ def _parts(raw: Any, where: str) -> tuple[Part, ...]:
 
 
 def _part(raw: Any, where: str) -> Part:
-    args = dict(_table(raw, where))
+    args = dict(table_of(raw, where))
     name = args.pop("name", None)
     if not isinstance(name, str) or not name:
         raise ConfigError(f"{where}: name is {name!r}; a name of moetk's or 'module:function'.")
@@ -321,86 +332,5 @@ def _part(raw: Any, where: str) -> Part:
         if not all(word.isidentifier() for word in (*module.split("."), function)):
             raise ConfigError(f"{where}: {name!r} is not 'module:function'.")
     for key, value in args.items():
-        _json_value(value, f"{where} {key}")
+        need_json(value, f"{where} {key}")
     return Part(name, args)
-
-
-def _json_value(value: Any, where: str) -> None:
-    """An argument is what JSON can say: it enters the key of the cell."""
-    if isinstance(value, dict):
-        for key, inner in value.items():
-            _json_value(inner, f"{where}.{key}")
-    elif isinstance(value, list):
-        for inner in value:
-            _json_value(inner, where)
-    elif not isinstance(value, (str, int, float)) or (
-        isinstance(value, float) and not math.isfinite(value)
-    ):
-        raise ConfigError(f"{where} is {value!r}; a string, bool, finite number, list or table.")
-
-
-def _settings(cls: type[S], raw: Any, where: str) -> S:
-    """A dataclass from a table: known keys, right types, defaults for what is left out."""
-    table = _table(raw, where)
-    _known(table, [f.name for f in fields(cls)], where)  # type: ignore[arg-type]
-    hints = get_type_hints(cls)
-    values = {key: _value(hints[key], value, f"{where} {key}") for key, value in table.items()}
-    try:
-        return cls(**values)
-    except TypeError:
-        missing = [key for key in hints if key not in values and not hasattr(cls, key)]
-        raise ConfigError(f"{where} lacks {', '.join(missing)}.") from None
-
-
-def _value(kind: Any, value: Any, where: str) -> Any:
-    """`value` as a str, int, float or tuple of ints; TOML's 1 is a fine float, its true no int."""
-    if kind is float and type(value) is int:
-        return float(value)
-    if kind in (int, str) and type(value) is kind:
-        return value
-    if kind is float and type(value) is float and math.isfinite(value):
-        return value
-    if kind == tuple[int, ...] and isinstance(value, list):
-        return tuple(_value(int, item, where) for item in value)
-    words = {int: "a whole number", float: "a finite number", str: "a string"}
-    raise ConfigError(
-        f"{where} is {value!r}; {words.get(kind, 'a list of whole numbers')} is needed."
-    )
-
-
-def _table(raw: Any, where: str) -> Mapping[str, Any]:
-    if not isinstance(raw, dict):
-        raise ConfigError(f"{where} is {raw!r}; a table is needed.")
-    return raw
-
-
-def _known(raw: Mapping[str, Any], names: Sequence[str], where: str) -> None:
-    for key in raw:
-        if key not in names:
-            raise ConfigError(f"{where} has no setting {key!r}{nearest(key, names)}")
-
-
-def nearest(name: str, names: Sequence[str]) -> str:
-    """The end of a message about an unknown name: the nearest one, or all where none is near."""
-    close = difflib.get_close_matches(name, names, n=1)
-    return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(names)}."
-
-
-def _need(holds: bool, where: str, value: Any, allowed: str) -> None:
-    if not holds:
-        raise ConfigError(f"{where} = {value!r}; allowed: {allowed}.")
-
-
-def _positive(table: str, settings: Any, *names: str) -> None:
-    for name in names:
-        value = getattr(settings, name)
-        _need(value > 0, f"{table} {name}", value, "more than 0")
-
-
-def _choice(where: str, value: str, names: Sequence[str]) -> None:
-    if value not in names:
-        raise ConfigError(f"{where} = {value!r}{nearest(value, names)}")
-
-
-def _printable(name: str) -> bool:
-    return 0 < len(name) <= 60 and all(c.isalnum() or c in "-_." for c in name)

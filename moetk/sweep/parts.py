@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from moetk import controllers, losses, routers
 from moetk.errors import ConfigError
-from moetk.sweep.config import Arm, Part, nearest
+from moetk.sweep.config import Arm, Part
+from moetk.sweep.tables import nearest
 
 if TYPE_CHECKING:
     from moetk import BlockSpec

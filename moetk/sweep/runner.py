@@ -50,6 +50,7 @@ def run_sweep(
         if store.results.quarantined:
             watch.note(f"An incomplete last row was moved to {store.results.path}.quarantine.")
         _announce(config, watch)
+        watch.note("Building every arm once, to check names and code.")
         crew = Crew(config, store, command)
         world = crew.describe()
         cells = plan_cells(config, world)

@@ -113,7 +113,7 @@ def load_custom(model: nn.Module, folder: Path) -> None:
     """
     own = custom_tensors(model)
     names = disk_names(model, list(own))
-    stored = _stored_custom(folder)
+    stored = stored_custom(folder)
     missing = [name for name, disk in names.items() if disk not in stored]
     if missing:
         raise MissingTensorError(_some("the saved router lacks", missing, folder))
@@ -144,7 +144,7 @@ def check_mark(config: Any, router: Any, folder: str) -> None:
         )
 
 
-def _stored_custom(folder: Path) -> dict[str, Path]:
+def stored_custom(folder: Path) -> dict[str, Path]:
     """Disk name -> file, of every custom tensor in a folder."""
     index = folder / "model.safetensors.index.json"
     if index.exists():

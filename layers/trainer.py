@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback
 
+from moetk.errors import RouterConfigError
 from moetk.layers.attach import Reduce
+from moetk.layers.saving import STATE_FILE, load_custom, load_state, stored_custom
 
 
 class ControllerCallback(TrainerCallback):  # type: ignore[misc]
-    """Steps after each optimizer step; on resume, takes the controllers' state from the folder."""
+    """Steps after each optimizer step; on resume, takes the custom routers' tensors and the
+    controllers' state from the checkpoint.
+
+    Raises RouterConfigError when it cannot find them and the controllers have seen nothing yet.
+    """
 
     def __init__(self, replacement: Any, reduce: Reduce | None) -> None:
         self.replacement, self.reduce = replacement, reduce
@@ -19,20 +26,29 @@ class ControllerCallback(TrainerCallback):  # type: ignore[misc]
         self.replacement.step(self.reduce)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        folder = args.resume_from_checkpoint
-        if not folder or state.global_step == 0:
+        if state.global_step == 0:
             return
-        from pathlib import Path
-
-        from transformers.trainer_utils import get_last_checkpoint
-
-        from moetk.layers.saving import load_state
-
-        path = get_last_checkpoint(args.output_dir) if folder is True else folder
-        saved = load_state(Path(path))
+        folder = _resumed_from(args, state.global_step)
+        if stored_custom(folder):
+            # Trainer loads by the names on disk and misses what a family renames when saved.
+            load_custom(self.replacement.model, folder)
+        saved = load_state(folder)
         if saved is not None:
             self.replacement.load_state_dict(saved)
+        elif self.replacement.steered and self.replacement.carrier.count == 0:
+            raise RouterConfigError(
+                f"Training goes on at step {state.global_step}, but {folder} holds no "
+                f"{STATE_FILE} and these controllers are new. Load the model with "
+                "moetk.AutoModelForCausalLM.from_pretrained(<checkpoint>, controllers=...), or set "
+                "TrainingArguments.resume_from_checkpoint to the checkpoint."
+            )
 
 
 def controller_callback(replacement: Any, reduce: Reduce | None) -> ControllerCallback:
     return ControllerCallback(replacement, reduce)
+
+
+def _resumed_from(args: Any, step: int) -> Path:
+    """The checkpoint: Trainer.train does not tell its callbacks the folder it was given."""
+    given = Path(args.resume_from_checkpoint or "")
+    return given if (given / STATE_FILE).exists() else Path(args.output_dir) / f"checkpoint-{step}"

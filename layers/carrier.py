@@ -51,6 +51,7 @@ class Visit:
 
     def __init__(self, forward: ModelForward, call: int) -> None:
         self.forward, self.call = forward, call
+        self.ctx: RouterContext | None = None  # the router's; its experts read the same
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Visit:
         return self

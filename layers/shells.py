@@ -139,6 +139,7 @@ class RouterShell:
             batch_shape=ctx.batch_shape,
         )
         if visit is not None:
+            visit.ctx = ctx
             if visit.forward.replay is not None:
                 routing = _obeyed(routing, ctx, visit, site)
             if router is not None:
@@ -157,7 +158,7 @@ class ExpertsShell:
         routing: Routing = (
             TokenChoice(index, weights, site.spec.num_ids) if isinstance(index, Tensor) else index
         )
-        ctx = site.context(visit)
+        ctx = site.context(visit) if visit is None or visit.ctx is None else visit.ctx
         x_RH, local, handle = site.dispatcher.dispatch(hidden_states, routing, ctx)
         if site.backend == "stock":
             ids, stock_weights = for_foreign_experts(local, site.name, type(self).__name__)

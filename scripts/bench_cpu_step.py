@@ -74,14 +74,16 @@ def stepper(model: Any) -> Callable[[], None]:
     return step
 
 
-def seconds(step: Callable[[], None], steps: int) -> float:
-    """The median of `steps`: one step that the machine interrupted does not count."""
-    times = []
+def alternate(sides: dict[str, Callable[[], None]], steps: int) -> dict[str, float]:
+    """Seconds a step of each side, the median of `steps`. The sides take turns step by step, and time
+    is this process's: what else the machine does hardly counts, and counts for all alike."""
+    times: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(steps):
-        start = time.perf_counter()
-        step()
-        times.append(time.perf_counter() - start)
-    return median(times)
+        for name, step in sides.items():
+            start = time.process_time()
+            step()
+            times[name].append(time.process_time() - start)
+    return {name: median(values) for name, values in times.items()}
 
 
 def main() -> None:
@@ -101,12 +103,11 @@ def main() -> None:
         "moetk": stepper(build(losses=())),
         "moetk with losses": stepper(build(losses=(LoadBalancingLoss(1e-2), RouterZLoss(1e-3)))),
     }
-    for step in sides.values():
-        seconds(step, 5)
+    alternate(sides, 5)
     times: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(options.pairs):
-        for name, step in sides.items():
-            times[name].append(seconds(step, options.steps))
+        for name, value in alternate(sides, options.steps).items():
+            times[name].append(value)
 
     stock = min(("stock grouped_mm", "stock eager"), key=lambda name: median(times[name]))
     rows = []

@@ -103,7 +103,9 @@ class _GatherUp(torch.autograd.Function):
         rows_NH = x_TH.index_select(0, plan.source_N)
         if scale_TK is not None:
             rows_NH = (rows_NH * _sorted(scale_TK, plan)[:, None]).to(x_TH.dtype)
-        h_NJ = grouped_mm(rows_NH, up if transposed else up.transpose(1, 2), plan.offsets_E)
+        h_NJ = grouped_mm(
+            rows_NH, up if transposed else up.transpose(1, 2), plan.offsets_E, full=plan.full
+        )
         if up_bias is not None:
             h_NJ = _add_bias(h_NJ, up_bias, plan)
         ctx.save_for_backward(x_TH, scale_TK, up)
@@ -117,7 +119,9 @@ class _GatherUp(torch.autograd.Function):
         plan, need = ctx.plan, ctx.needs_input_grad
         dx_TH = dscale_TK = dup = dbias = None
         if need[0] or need[1]:
-            dx_NH = grouped_mm(dh_NJ, up.transpose(1, 2) if ctx.transposed else up, plan.offsets_E)
+            dx_NH = grouped_mm(
+                dh_NJ, up.transpose(1, 2) if ctx.transposed else up, plan.offsets_E, full=plan.full
+            )
             if scale_TK is not None:
                 dscale_N = (dx_NH * x_TH.index_select(0, plan.source_N)).sum(-1)
                 dscale_TK = _spread(dscale_N, plan).to(scale_TK.dtype)
@@ -146,7 +150,9 @@ class _DownCombine(torch.autograd.Function):
         plan: SortPlan,
         transposed: bool,
     ) -> Tensor:
-        o_NH = grouped_mm(a_NI, down if transposed else down.transpose(1, 2), plan.offsets_E)
+        o_NH = grouped_mm(
+            a_NI, down if transposed else down.transpose(1, 2), plan.offsets_E, full=plan.full
+        )
         if down_bias is not None:
             o_NH = _add_bias(o_NH, down_bias, plan)
         ctx.save_for_backward(a_NI, weights_TK, down, down_bias)
@@ -163,7 +169,7 @@ class _DownCombine(torch.autograd.Function):
         dy_NH = dy_TH.to(down.dtype).index_select(0, plan.source_N)
         if need[0] or need[1]:
             columns = down.transpose(1, 2) if ctx.transposed else down
-            da_NI = grouped_mm(dy_NH, columns, plan.offsets_E)
+            da_NI = grouped_mm(dy_NH, columns, plan.offsets_E, full=plan.full)
         if weights_TK is None:
             w_N1 = None
         else:

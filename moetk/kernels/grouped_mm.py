@@ -11,14 +11,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def grouped_mm(x_NA: Tensor, weight_EAB: Tensor, offsets_E: Tensor) -> Tensor:
+def grouped_mm(
+    x_NA: Tensor, weight_EAB: Tensor, offsets_E: Tensor, *, full: bool = False
+) -> Tensor:
     """Each row times its expert's matrix: (N, A) x (E, A, B) -> (N, B), in the dtype of x_NA.
 
     offsets_E: int32, where each expert's rows end, not decreasing. Both operands share one dtype.
+    full: the last offset is N, so there is no tail to clear.
     """
     if _torch_kernel_takes(x_NA, weight_EAB):
         y_NB = F.grouped_mm(x_NA, weight_EAB, offs=offsets_E)
-        return _zero_tail(y_NB, offsets_E)
+        return y_NB if full else _zero_tail(y_NB, offsets_E)
     if torch.compiler.is_compiling():
         return torch.ops.moetk.grouped_mm(x_NA, weight_EAB, offsets_E)  # type: ignore[no-any-return]
     return _grouped_mm_loop(x_NA, weight_EAB, offsets_E)
@@ -48,9 +51,6 @@ def _torch_kernel_takes(left: Tensor, right: Tensor) -> bool:
 
 def _zero_tail(y_NB: Tensor, offsets_E: Tensor) -> Tensor:
     # The kernel leaves rows behind the last offset unwritten.
-    if y_NB.device.type == "cpu" and not torch.compiler.is_compiling():
-        y_NB[int(offsets_E[-1]) :].zero_()
-        return y_NB
     rows_N = torch.arange(y_NB.shape[0], device=y_NB.device, dtype=torch.int32)
     return y_NB.masked_fill_((rows_N >= offsets_E[-1])[:, None], 0)
 

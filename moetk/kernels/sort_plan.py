@@ -18,12 +18,14 @@ class SortPlan:
     choice_N: int32, the flat (token, choice) of each row. source_N: int32, its token.
     slot_TK: int32, the row of each (token, choice). offsets_E: int32, where each expert's rows end.
     Rows behind offsets_E[-1] belong to unused or dropped choices; nothing computes them.
+    full: there are none. Known on the CPU only; False where asking would wait for the device.
     """
 
     choice_N: Tensor
     source_N: Tensor
     slot_TK: Tensor
     offsets_E: Tensor
+    full: bool = False
 
     @property
     def counts_E(self) -> Tensor:
@@ -51,4 +53,6 @@ def sort_plan(experts_TK: Tensor, kept_TK: Tensor | None, num_experts: int) -> S
     rows_N = torch.arange(keys_N.numel(), device=keys_N.device, dtype=torch.int32)
     slot_N = torch.empty_like(rows_N).scatter_(0, order_N, rows_N)
     source_N = choice_N if num_choices == 1 else choice_N // max(num_choices, 1)
-    return SortPlan(choice_N, source_N, slot_N.view(experts_TK.shape), offsets_E)
+    on_cpu = keys_N.device.type == "cpu" and not torch.compiler.is_compiling()
+    full = on_cpu and int(offsets_E[-1]) == keys_N.numel()
+    return SortPlan(choice_N, source_N, slot_N.view(experts_TK.shape), offsets_E, full)

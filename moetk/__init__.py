@@ -55,10 +55,10 @@ if TYPE_CHECKING:  # what editors and mypy read; a test holds it equal to the ta
     from moetk.context import RouterContext
     from moetk.errors import MoetkError
     from moetk.experts import ExpertBank
+    from moetk.layers.find import BlockSpec
     from moetk.layers.moe import MoELayer
     from moetk.layers.recording import record, replay
     from moetk.layers.register import register
-    from moetk.layers.find import BlockSpec
     from moetk.layers.replace import Replacement, replace_moe
     from moetk.routers import LinearRouter
     from moetk.routing import ExpertChoice, Routing, SoftChoice, TokenChoice

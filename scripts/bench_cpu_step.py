@@ -75,8 +75,8 @@ def stepper(model: Any) -> Callable[[], None]:
 
 
 def alternate(sides: dict[str, Callable[[], None]], steps: int) -> dict[str, float]:
-    """Seconds a step of each side, the median of `steps`. The sides take turns step by step, and time
-    is this process's: what else the machine does hardly counts, and counts for all alike."""
+    """Seconds a step of each side, the median of `steps`. The sides take turns step by step, and
+    time is this process's: what else the machine does hardly counts, and counts for all alike."""
     times: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(steps):
         for name, step in sides.items():

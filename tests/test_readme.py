@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from tests.tiny import config, ids, tiny  # noqa: TID252
+
+from tests.tiny import config, ids, tiny
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
@@ -26,7 +27,7 @@ def reader(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         for number, block in enumerate(BLOCKS):
             if "factory" in block:
                 router = namespace["CosineRouter"]
-                namespace["factory"] = lambda spec: router(
+                namespace["factory"] = lambda spec, router=router: router(
                     spec.hidden_size, spec.num_experts, spec.top_k
                 )
                 namespace["moetk"].replace_moe(namespace["model"], namespace["factory"])

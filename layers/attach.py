@@ -46,7 +46,7 @@ class Controller(Protocol):
 class Steered:
     """One layer's copy of a controller, and what has been observed since its last step."""
 
-    def __init__(self, controller: Controller, router: Any) -> None:
+    def __init__(self, controller: Controller, router: Any, where: str) -> None:
         self.controller = copy.deepcopy(controller)
         if self.controller.accumulate not in ("sum", "cat"):
             raise RouterConfigError(
@@ -55,11 +55,24 @@ class Steered:
             )
         bind = getattr(self.controller, "bind", None)
         if bind is not None:
-            bind(router)
+            try:
+                bind(router)
+            except RouterConfigError as error:
+                raise RouterConfigError(f"{where}: {error}") from error
+        self._router = router
         # Plain tensors, never buffers: DDP overwrites buffers with rank 0's.
         self.totals: list[Tensor] = []
         self._parts: list[list[Tensor]] = []
         self._single = True
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Steered:
+        # The router first, so that the controller's copy finds it: where a family's experts come
+        # before its gate, this object is reached before the router is.
+        copy.deepcopy(self._router, memo)
+        if id(self) not in memo:
+            new = memo[id(self)] = copy.copy(self)
+            new.__dict__ = copy.deepcopy(self.__dict__, memo)
+        return memo[id(self)]  # type: ignore[no-any-return]
 
     def observe(self, routing: Routing, ctx: RouterContext) -> tuple[Tensor, ...]:
         observed = self.controller.observe(routing, ctx)
@@ -141,7 +154,7 @@ class Attachment:
         where: str,
     ) -> None:
         self.losses = tuple(losses)
-        self.steered = tuple(Steered(controller, router) for controller in controllers)
+        self.steered = tuple(Steered(controller, router, where) for controller in controllers)
         self.aux_scale = aux_scale
         self.where = where
         readers = (*self.losses, *controllers)

@@ -55,10 +55,11 @@ class AutoModelForCausalLM(transformers.AutoModelForCausalLM):  # type: ignore[m
                 out[1]["unexpected_keys"] = type(out[1]["unexpected_keys"])(
                     key for key in out[1]["unexpected_keys"] if ".moetk." not in key
                 )
-        if controllers:
-            state = load_state(folder)
-            if state is not None:
-                replacement.load_state_dict(state)
+        state = load_state(folder)
+        if state is not None:
+            # A bias lies in its router's buffer as well: without controllers, the noise goes on.
+            own = replacement.state_dict().keys() if not controllers else state.keys()
+            replacement.load_state_dict({key: state[key] for key in own})
         return out
 
     @classmethod

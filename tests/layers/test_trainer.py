@@ -80,7 +80,8 @@ def test_two_steps_and_resume_equal_stock(family: str, tmp_path: Path) -> None:
             replace_moe(model, backend=backend)
             got_losses, got = go(model, tmp_path / backend)
             assert got_losses == pytest.approx(want_losses, rel=1e-6)
-            if backend == "stock":
+            # deepseek_v3's unsorted columns are summed in another order than our sorted ones.
+            if backend == "stock" and family != "deepseek_v3":
                 assert_bitwise(got, want)
 
 

@@ -47,10 +47,14 @@ class ModelForward:
 
 
 class Visit:
-    """One call of one layer within a forward; `call` counts the calls of a tied layer."""
+    """One call of one layer within a forward; `call` counts the calls of a tied layer.
 
-    def __init__(self, forward: ModelForward, call: int) -> None:
-        self.forward, self.call = forward, call
+    sealed: the call is a checkpointed region of a compiled graph, from which nothing may be
+    written outside: it leaves neither its context nor its routing behind.
+    """
+
+    def __init__(self, forward: ModelForward, call: int, sealed: bool = False) -> None:
+        self.forward, self.call, self.sealed = forward, call, sealed
         self.ctx: RouterContext | None = None  # the router's; its experts read the same
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Visit:

@@ -75,7 +75,8 @@ class LayerShell:
             positions = kwargs.get("position_ids")
             if isinstance(positions, Tensor) and positions.ndim == 2:
                 forward.positions = positions.expand(forward.batch_shape).reshape(-1)
-        visit = Visit(forward, call)
+        recomputed = getattr(self, "gradient_checkpointing", False) and self.training  # type: ignore[attr-defined]
+        visit = Visit(forward, call, sealed=recomputed and torch.compiler.is_compiling())
         # Set here as well as in forward: under torch.compile a checkpointed region may not set
         # attributes, so there this is the only place.
         before = self._moetk_bind(visit)
@@ -139,11 +140,12 @@ class RouterShell:
             batch_shape=ctx.batch_shape,
         )
         if visit is not None:
-            visit.ctx = ctx
             if visit.forward.replay is not None:
                 routing = _obeyed(routing, ctx, visit, site)
-            if router is not None:
-                visit.forward.previous.setdefault(site.index, routing)
+            if not visit.sealed:
+                visit.ctx = ctx
+                if router is not None:
+                    visit.forward.previous.setdefault(site.index, routing)
         return _as_family_tuple(routing, site.order)
 
 

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from moetk import ExpertBank, MoELayer, Replacement, RouterContext, replace_moe
+from moetk import ExpertBank, MoELayer, Replacement, RouterContext, record, replace_moe
+from moetk.controllers import BiasUpdate
 from moetk.errors import RouterConfigError
 from moetk.routers import MixtralRouter
 from tests.layers.parts import SquaredLogits, Tally
 from tests.layers.stock import assert_equal, checkpointed, gradients, step, stock
-from tests.tiny import ids
+from tests.tiny import FAMILIES, ids
 
 H, E, K, T = 8, 4, 2, 6
 LOSS = SquaredLogits(0.3)
@@ -278,6 +279,40 @@ def test_layers_below_the_first_trainable_parameter_are_not_counted_and_explain_
     assert [int(counts_E.sum()) for counts_E in second.controller.given] == [ids().numel() * 4]
     note = "not counted, below the first trainable parameter: model.layers.0.mlp (no gradient"
     assert note in replacement.explain()
+
+
+def test_the_bias_of_a_stock_model_moves_by_the_sign_rule() -> None:
+    """On the counts of all micro-batches since the last step, as recorded."""
+    model = stock("deepseek_v3", torch.float32).train()
+    replacement = replace_moe(model, controllers=[BiasUpdate(0.01)])
+    gates = [layer.mlp.gate for layer in model.model.layers[1:]]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    replacement.step_after(optimizer)
+    for seeds in ((1,), (2, 3)):
+        before = [gate.e_score_correction_bias.clone() for gate in gates]
+        with record(model) as recording:
+            for seed in seeds:
+                model(input_ids=ids(seed=seed), labels=ids(seed=seed)).loss.backward()
+        optimizer.step()
+        for layer, old_E, gate in zip((1, 2), before, gates, strict=True):
+            chosen = torch.cat([routing.experts_TK for routing in recording[layer]])
+            counts_E = torch.bincount(chosen.flatten(), minlength=8)
+            assert int(counts_E.sum()) == len(seeds) * ids().numel() * 4
+            want_E = old_E + 0.01 * (counts_E.float().mean() - counts_E).sign()
+            assert torch.equal(gate.e_score_correction_bias, want_E)
+
+
+@pytest.mark.parametrize("family", [f for f in FAMILIES if not f.startswith("deepseek")])
+def test_a_router_without_a_bias_cannot_be_steered(family: str) -> None:
+    model = stock(family)
+    before = {name: type(module) for name, module in model.named_modules()}
+    message = (
+        r"^model.layers.0\S*: BiasUpdate moves e_score_correction_bias, which \w+Router does not "
+        r"have. Give it a router with a buffer of that name"
+    )
+    with pytest.raises(RouterConfigError, match=message):
+        replace_moe(model, controllers=[BiasUpdate(0.01)])
+    assert {name: type(module) for name, module in model.named_modules()} == before
 
 
 def test_a_model_compiled_whole() -> None:

@@ -9,7 +9,6 @@ from torch import Tensor
 from moetk.errors import UnsupportedModelError
 from moetk.experts import BankSpec, bank_forward
 from moetk.layers.families import FAMILIES, bank_weights
-from moetk.layers.shells import SITE
 from moetk.layers.swap import own_class
 from moetk.routing import TokenChoice
 
@@ -47,8 +46,8 @@ def _spec_of(experts: Any) -> BankSpec:
     if spec is None:
         name = own_class(experts).__name__
         prefix = name.removesuffix("Experts")
-        family = next((row for row in FAMILIES if row.block.startswith(prefix)), None)
-        if family is None or SITE in vars(experts):
+        family = next((row for row in FAMILIES if prefix and row.block.startswith(prefix)), None)
+        if family is None:
             known = ", ".join(row.model_type for row in FAMILIES)
             raise UnsupportedModelError(
                 f'experts_implementation="moetk": no row for {name}; moetk knows {known}. '

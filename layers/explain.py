@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
+from torch import nn
 
 from moetk.experts import auto_row
+from moetk.layers.find import runs_on
 from moetk.layers.shells import CUSTOM, Site
 
 if TYPE_CHECKING:
@@ -24,7 +26,7 @@ def explain(replacement: Replacement) -> str:
     notes: dict[str, None] = {}
     blind = _uncounted(replacement)
     for site, found in zip(replacement.sites, replacement._found, strict=True):
-        backend, why = _backend(site, next(found.experts.parameters()))
+        backend, why = _backend(site, found.experts)
         notes[why] = None
         table.add_row(
             site.name,
@@ -51,12 +53,12 @@ def _router(site: Site, gate: object) -> str:
     return f"{site.label} ({kind})"
 
 
-def _backend(site: Site, weight: object) -> tuple[str, str]:
+def _backend(site: Site, experts: nn.Module) -> tuple[str, str]:
     if site.backend == "stock":
         return "stock", 'stock: asked for with backend="stock"; transformers\' own experts run'
     if site.backend != "auto":
         return site.backend, f'{site.backend}: asked for with backend="{site.backend}"'
-    device, dtype = weight.device.type, weight.dtype  # type: ignore[attr-defined]
+    device, dtype = runs_on(experts).type, next(experts.parameters()).dtype
     names = {}
     for rows in (1, 2**10, 2**20):
         row = auto_row(device, dtype, rows)

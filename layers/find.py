@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from moetk.errors import ReplaceError, UnsupportedModelError
@@ -69,6 +70,16 @@ def unwrapped(module: nn.Module) -> nn.Module:
     return module
 
 
+def runs_on(module: nn.Module) -> Any:
+    """Where a module computes; between calls, one that accelerate has offloaded is on meta."""
+    device = next(module.parameters()).device
+    if device.type != "meta":
+        return device
+    hook = vars(module)["_hf_hook"]
+    hooks = getattr(hook, "hooks", (hook,))
+    return torch.device(next(h.execution_device for h in hooks if hasattr(h, "execution_device")))
+
+
 def find_blocks(root: nn.Module) -> Iterator[Found]:
     """Every block that has a row; raises UnsupportedModelError at one that should have."""
     from transformers.modeling_layers import GradientCheckpointingLayer
@@ -86,7 +97,7 @@ def find_blocks(root: nn.Module) -> Iterator[Found]:
                 f"{name}: {type(gate).__name__} is not a router moetk knows for "
                 f"{family.model_type} ({', '.join(family.gates)})."
             )
-        if any(p.is_meta for p in (*gate.parameters(), *experts.parameters())):
+        if _unloaded(gate) or _unloaded(experts):
             raise ReplaceError(
                 f"{name} is on the meta device: replace after the weights are loaded."
             )
@@ -96,6 +107,11 @@ def find_blocks(root: nn.Module) -> Iterator[Found]:
                 raise UnsupportedModelError(f"{name} does not lie in a decoder layer.")
             layer_name = layer_name.rsplit(".", 1)[0]
         yield Found(name, block, layer_name, modules[layer_name], family, gate, experts)
+
+
+def _unloaded(module: nn.Module) -> bool:
+    """On the meta device, and no hook of accelerate's brings the weights in before a forward."""
+    return "_hf_hook" not in vars(module) and any(p.is_meta for p in module.parameters())
 
 
 def _refuse_unknown(name: str, block: nn.Module) -> None:

@@ -20,7 +20,15 @@ from moetk.errors import (
 from moetk.experts.backends import check_backend_name
 from moetk.layers.attach import Attachment, Controller, Loss, Reduce, Steered, step_all
 from moetk.layers.carrier import Carrier, CloseBase, CloseModel, OpenBase, OpenModel
-from moetk.layers.find import BlockSpec, Found, find_blocks, layer_index, root_of, specs_of
+from moetk.layers.find import (
+    BlockSpec,
+    Found,
+    find_blocks,
+    layer_index,
+    root_of,
+    runs_on,
+    specs_of,
+)
 from moetk.layers.saving import SavingShell
 from moetk.layers.shells import (
     BOUND,
@@ -248,13 +256,13 @@ def _build(factory: Factory | None, spec: BlockSpec) -> Router | None:
             "callable (x_TH, ctx) -> Routing, or None to keep the stock router."
         )
     if isinstance(router, nn.Module):
-        like = next(spec.gate.parameters())
+        device, dtype = runs_on(spec.gate), next(spec.gate.parameters()).dtype
         for parameter in router.parameters():
-            parameter.data = parameter.data.to(like.device, like.dtype)
+            parameter.data = parameter.data.to(device, dtype)
         # Buffers keep their dtype: a bias of e_score_correction_bias's kind freezes in bf16.
         for name, buffer in list(router.named_buffers()):
             owner = router.get_submodule(name.rpartition(".")[0])
-            owner._buffers[name.rpartition(".")[2]] = buffer.to(like.device)
+            owner._buffers[name.rpartition(".")[2]] = buffer.to(device)
         router.train(spec.module.training)
     return router
 

@@ -44,6 +44,7 @@ def extend(module: nn.Module, *mixins: type) -> None:
     """
     original: Any = type(module)
     cls = _extended(original, mixins)
+    _drop_left_forward(module)
     _check_instance_forward(module)
     module.__class__ = cls
     _repoint(module)
@@ -54,6 +55,7 @@ def withdraw(module: nn.Module) -> bool:
     original = vars(type(module)).get("_moetk_original")
     if original is None:
         return False
+    _drop_left_forward(module)
     module.__class__ = original
     _repoint(module)
     return True
@@ -70,6 +72,13 @@ def own_class(module: nn.Module) -> type:
         if cls.__module__.startswith("transformers.") and not ours:
             return cls
     return type(module)
+
+
+def _drop_left_forward(module: nn.Module) -> None:
+    """accelerate, removing its hook, leaves the class's own forward on the instance."""
+    left = getattr(vars(module).get("forward"), "__func__", None)
+    if left is type(module).forward:
+        del vars(module)["forward"]
 
 
 def _check_instance_forward(module: nn.Module) -> None:

@@ -45,6 +45,7 @@ from moetk.routers import MixtralRouter
 from moetk.routing import Routing
 
 REPLACEMENT = "_moetk_replacement"
+_WRAPPERS = {"DistributedDataParallel": "DistributedDataParallel", "FSDPModule": "fully_shard"}
 
 
 Router = Callable[[Tensor, RouterContext], Routing]
@@ -226,6 +227,10 @@ def replace_moe(
         carrier = Carrier(torch.initial_seed() if seed is None else seed)
         carrier.wants_loss = bool(losses) and aux_scale is None
         routers = [_build(router, spec) for spec in specs_of(found, root)]
+        if any(
+            isinstance(r, nn.Module) and next(r.parameters(), None) is not None for r in routers
+        ):
+            _refuse_distributed(model)
         sites = [
             _site(
                 n, item, made, carrier, losses, controllers, backend, dispatcher, aux_scale, check
@@ -265,6 +270,19 @@ def _build(factory: Factory | None, spec: BlockSpec) -> Router | None:
             owner._buffers[name.rpartition(".")[2]] = buffer.to(device)
         router.train(spec.module.training)
     return router
+
+
+def _refuse_distributed(model: nn.Module) -> None:
+    """A wrapper that is there already does not know of parameters that come now: each rank would
+    train its own."""
+    for module in model.modules():
+        wrappers = [cls.__name__ for cls in type(module).__mro__ if cls.__name__ in _WRAPPERS]
+        if wrappers:
+            raise ReplaceError(
+                f"{type(module).__name__} is under {_WRAPPERS[wrappers[0]]} already, which would "
+                "not see the parameters of a custom router: each rank would train its own. Replace "
+                "first, then wrap or shard."
+            )
 
 
 def _label(routers: Iterable[Router | None]) -> str:

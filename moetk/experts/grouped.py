@@ -230,7 +230,7 @@ def _expert_choice(
 
 def _soft_choice(spec: BankSpec, weights: BankWeights, x_TH: Tensor, routing: SoftChoice) -> Tensor:
     batch, length, num_slots = routing.dispatch_BSP.shape
-    x_BSH = x_TH.view(batch, length, -1)
+    x_BSH = x_TH.view(batch, length, x_TH.shape[1])
     slots_BPH = torch.bmm(routing.dispatch_BSP.to(x_TH.dtype).transpose(1, 2), x_BSH)
     slots_ENH = slots_BPH.unflatten(1, (routing.num_experts, -1)).transpose(0, 1).flatten(1, 2)
     out_ENH = _batched_mlp(spec, weights, slots_ENH.to(weights.dtype))

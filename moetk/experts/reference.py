@@ -56,7 +56,7 @@ def _rows_of(routing: Routing, expert: int) -> tuple[Tensor, Tensor]:
 
 def _soft(spec: BankSpec, weights: BankWeights, x_TH: Tensor, routing: SoftChoice) -> Tensor:
     batch, length, num_slots = routing.dispatch_BSP.shape
-    x_BSH = x_TH.view(batch, length, -1)
+    x_BSH = x_TH.view(batch, length, x_TH.shape[1])
     slots_BPH = routing.dispatch_BSP.to(x_TH.dtype).transpose(1, 2) @ x_BSH
     per_expert = slots_BPH.to(weights.dtype).chunk(routing.num_experts, dim=1)
     out = [

@@ -1,0 +1,608 @@
+"""Every backend computes the bank that a dense sum over all experts defines, gradients included."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.library import opcheck
+
+from moetk import ExpertBank, ExpertChoice, MoELayer, RouterContext, SoftChoice, TokenChoice
+from moetk.equivalence.judge import judge, relative_error
+from moetk.errors import BackendError, MoeShapeError, NonFiniteRoutingError, RouterConfigError
+from moetk.experts import (
+    Activation,
+    BankSpec,
+    BankWeights,
+    ClampedGated,
+    Gated,
+    GptOssGated,
+    Plain,
+    auto_row,
+    auto_table,
+    backends,
+    bank_forward,
+    pick_backend,
+)
+from moetk.kernels.gather_sum import gather_sum
+from moetk.kernels.grouped_mm import grouped_mm, grouped_outer
+from moetk.kernels.sort_plan import sort_plan
+from moetk.routers import MixtralRouter
+from moetk.routing import Routing
+
+BACKENDS = [backend.name for backend in backends()]
+EXACT = 1e-12
+
+# The twin: written out again, from the formulas alone.
+FORMULAS: dict[Activation, Callable[[Tensor, Tensor], Tensor]] = {
+    Gated(): lambda gate, up: gate * gate.sigmoid() * up,
+    ClampedGated(0.4): lambda gate, up: (
+        gate.clamp(max=0.4) * gate.clamp(max=0.4).sigmoid() * up.clamp(-0.4, 0.4)
+    ),
+    GptOssGated(1.7, 0.5): lambda gate, up: (
+        (up.clamp(-0.5, 0.5) + 1) * gate.clamp(max=0.5) * (1.7 * gate.clamp(max=0.5)).sigmoid()
+    ),
+    Plain(): lambda hidden, _: hidden * (hidden > 0),
+}
+
+
+def dense_mlp(spec: BankSpec, weights: BankWeights, x_TEH: Tensor) -> Tensor:
+    """Every expert on its own row of each token: (T, E, H) -> (T, E, H)."""
+    up, down = ("ehj", "eih") if spec.transposed else ("ejh", "ehi")
+    hidden_TEJ = torch.einsum(f"teh,{up}->tej", x_TEH, weights.up)
+    if weights.up_bias is not None:
+        hidden_TEJ = hidden_TEJ + weights.up_bias
+    if not spec.gated:
+        gate, linear = hidden_TEJ, hidden_TEJ
+    elif spec.interleaved:
+        gate, linear = hidden_TEJ.unflatten(-1, (-1, 2)).unbind(-1)
+    else:
+        gate, linear = hidden_TEJ.unflatten(-1, (2, -1)).unbind(-2)
+    y_TEH = torch.einsum(f"tei,{down}->teh", FORMULAS[spec.activation](gate, linear), weights.down)
+    return y_TEH if weights.down_bias is None else y_TEH + weights.down_bias
+
+
+def dense(spec: BankSpec, weights: BankWeights, x_TH: Tensor, routing: Routing) -> Tensor:
+    """All experts on all tokens, then only what was chosen."""
+    experts = range(spec.num_experts)
+    if isinstance(routing, SoftChoice):
+        batch, length, slots = routing.dispatch_BSP.shape
+        x_BSH = x_TH.reshape(batch, length, x_TH.shape[1])
+        mixed_BPH = torch.einsum("bsp,bsh->bph", routing.dispatch_BSP, x_BSH)
+        of_expert = torch.arange(slots) // (slots // routing.num_experts)
+        all_NEH = mixed_BPH.reshape(-1, 1, x_TH.shape[1]).expand(-1, spec.num_experts, -1)
+        y_NEH = dense_mlp(spec, weights, all_NEH)
+        y_NH = y_NEH[torch.arange(len(y_NEH)), of_expert.repeat(batch)]
+        y_BPH = y_NH.reshape(batch, slots, x_TH.shape[1])
+        return torch.einsum("bsp,bph->bsh", routing.combine_BSP, y_BPH).reshape(x_TH.shape)
+    y_TH = x_TH * 0.0
+    for chosen_T, weight_T in choices(routing, len(x_TH)):
+        x_TEH = x_TH[:, None].expand(-1, spec.num_experts, -1)
+        if spec.scale == "input":
+            y_TEH = dense_mlp(spec, weights, x_TEH * weight_T[:, None, None])
+            weight_T = torch.ones_like(weight_T)
+        else:
+            y_TEH = dense_mlp(spec, weights, x_TEH)
+        for expert in experts:
+            y_TH = (
+                y_TH
+                + torch.where((chosen_T == expert)[:, None], y_TEH[:, expert], 0)
+                * (weight_T[:, None])
+            )
+        for offset, kind in enumerate(spec.special):
+            if kind == "copy":
+                here_T1 = (chosen_T == spec.num_experts + offset)[:, None]
+                y_TH = y_TH + torch.where(here_T1, x_TH * weight_T[:, None], 0)
+    return y_TH
+
+
+def choices(routing: TokenChoice | ExpertChoice, num_tokens: int) -> list[tuple[Tensor, Tensor]]:
+    """(expert or -1, weight) of each token, one pair a choice."""
+    if isinstance(routing, TokenChoice):
+        ids_TK = routing.experts_TK
+        if routing.kept_TK is not None:
+            ids_TK = ids_TK.masked_fill(~routing.kept_TK, -1)
+        return list(zip(ids_TK.unbind(1), routing.weights_TK.unbind(1), strict=True))
+    found = []
+    for expert in range(routing.num_experts):
+        for place in range(routing.tokens_EC.shape[1]):
+            here_T = torch.arange(num_tokens) == routing.tokens_EC[expert, place]
+            weight_T = torch.where(here_T, routing.weights_EC[expert, place], 0)
+            found.append((torch.where(here_T, expert, -1), weight_T))
+    return found
+
+
+# What is drawn: sizes and settings; tensors come from a drawn seed.
+
+
+def make_weights(spec: BankSpec, bias: bool, dtype: torch.dtype = torch.float64) -> BankWeights:
+    E, H, I, J = spec.num_experts, spec.hidden_size, spec.intermediate_size, spec.up_width
+    up, down = torch.randn(E, J, H), torch.randn(E, H, I)
+    if spec.transposed:
+        up, down = up.transpose(1, 2).contiguous(), down.transpose(1, 2).contiguous()
+    biases = (torch.randn(E, J), torch.randn(E, H)) if bias else (None, None)
+    made = [
+        None if t is None else (t * 0.5).to(dtype).requires_grad_() for t in (up, down, *biases)
+    ]
+    return BankWeights(*made)  # type: ignore[arg-type]
+
+
+def token_choice(tokens: int, experts: int, k: int, pattern: str) -> TokenChoice:
+    if pattern == "skewed":
+        ids_TK = torch.arange(k).expand(tokens, k).clone()
+    elif pattern == "duplicates":
+        ids_TK = torch.randint(experts, (tokens, k))
+    else:
+        ids_TK = torch.rand(tokens, experts).argsort(-1)[:, :k]
+    weights_TK, kept_TK = torch.randn(tokens, k, dtype=torch.float64), None
+    if pattern == "unused":
+        ids_TK = ids_TK.masked_fill(torch.rand(tokens, k) < 0.4, -1)
+        weights_TK = weights_TK.masked_fill(ids_TK < 0, 0)
+    elif pattern == "dropped":
+        kept_TK = torch.rand(tokens, k) < 0.5
+        weights_TK = weights_TK.masked_fill(~kept_TK, 0)
+    return TokenChoice(ids_TK, weights_TK.requires_grad_(), experts, kept_TK=kept_TK)
+
+
+def expert_choice(tokens: int, experts: int, capacity: int) -> ExpertChoice:
+    capacity = min(capacity, tokens)
+    ids_EC = torch.rand(experts, tokens).argsort(-1)[:, :capacity]
+    ids_EC = ids_EC.masked_fill(torch.rand(ids_EC.shape) < 0.3, -1)
+    weights_EC = torch.randn(ids_EC.shape, dtype=torch.float64).masked_fill(ids_EC < 0, 0)
+    return ExpertChoice(ids_EC, weights_EC.requires_grad_(), tokens)
+
+
+def soft_choice(batch: int, length: int, experts: int, slots: int) -> SoftChoice:
+    logits_BSP = torch.randn(batch, length, experts * slots, dtype=torch.float64)
+    dispatch_BSP = logits_BSP.softmax(1).requires_grad_()
+    return SoftChoice(dispatch_BSP, logits_BSP.softmax(2).detach().requires_grad_(), experts)
+
+
+@st.composite
+def banks(draw: st.DrawFn, **fixed: Any) -> tuple[BankSpec, BankWeights]:
+    torch.manual_seed(draw(st.integers(0, 2**16)))
+    settings_ = {
+        "activation": draw(st.sampled_from(list(FORMULAS))),
+        "transposed": draw(st.booleans()),
+        "interleaved": draw(st.booleans()),
+        "scale": draw(st.sampled_from(["output", "input"])),
+        **fixed,
+    }
+    sizes = (
+        draw(st.sampled_from([1, 2, 3, 8])),
+        draw(st.sampled_from([1, 4, 8])),
+        draw(st.sampled_from([1, 3, 4])),
+    )
+    spec = BankSpec(*sizes, **settings_)
+    return spec, make_weights(spec, draw(st.booleans()))
+
+
+def gradients(
+    y_TH: Tensor, weights: BankWeights, x_TH: Tensor, routing: Routing
+) -> dict[str, Tensor]:
+    """Of a fixed cotangent, by name; the output too."""
+    leaves = {"x": x_TH}
+    for owner in (weights, routing):
+        for name, value in vars(owner).items():
+            if isinstance(value, Tensor) and value.requires_grad:
+                leaves[name] = value
+    generator = torch.Generator().manual_seed(3)
+    cotangent = torch.randn(y_TH.shape, generator=generator, dtype=torch.float64).to(y_TH.dtype)
+    found = torch.autograd.grad(y_TH, list(leaves.values()), cotangent, materialize_grads=True)
+    return {"y": y_TH.detach(), **dict(zip(leaves, found, strict=True))}
+
+
+def assert_same(spec: BankSpec, weights: BankWeights, x_TH: Tensor, routing: Routing) -> None:
+    """Each backend against the twin: values and every gradient."""
+    want = gradients(dense(spec, weights, x_TH, routing), weights, x_TH, routing)
+    for backend in BACKENDS:
+        y_TH = bank_forward(spec, weights, x_TH, routing, backend)
+        found = gradients(y_TH, weights, x_TH, routing)
+        assert found.keys() == want.keys()
+        for name, tensor in want.items():
+            assert found[name].dtype == tensor.dtype
+            error = (found[name] - tensor).norm() / tensor.norm().clamp(min=1)
+            assert error <= EXACT, (backend, name, float(error))
+
+
+def rows(tokens: int, hidden: int) -> Tensor:
+    return torch.randn(tokens, hidden, dtype=torch.float64).requires_grad_()
+
+
+PATTERNS = ["random", "skewed", "duplicates", "unused", "dropped"]
+
+
+@given(banks(), st.sampled_from([0, 1, 2, 9]), st.integers(1, 8), st.sampled_from(PATTERNS))
+@settings(max_examples=120)
+def test_token_choice(
+    bank: tuple[BankSpec, BankWeights], tokens: int, k: int, pattern: str
+) -> None:
+    spec, weights = bank
+    routing = token_choice(tokens, spec.num_experts, min(k, spec.num_experts), pattern)
+    assert_same(spec, weights, rows(tokens, spec.hidden_size), routing)
+
+
+@given(banks(), st.sampled_from([0, 1, 5]), st.integers(1, 4))
+@settings(max_examples=40)
+def test_expert_choice(bank: tuple[BankSpec, BankWeights], tokens: int, capacity: int) -> None:
+    spec, weights = bank
+    routing = expert_choice(tokens, spec.num_experts, capacity)
+    assert_same(spec, weights, rows(tokens, spec.hidden_size), routing)
+
+
+@given(banks(scale="output"), st.integers(1, 3), st.sampled_from([0, 1, 4]), st.integers(1, 2))
+@settings(max_examples=40)
+def test_soft_choice(
+    bank: tuple[BankSpec, BankWeights], batch: int, length: int, slots: int
+) -> None:
+    spec, weights = bank
+    routing = soft_choice(batch, length, spec.num_experts, slots)
+    assert_same(spec, weights, rows(batch * length, spec.hidden_size), routing)
+
+
+@given(banks(special=("zero", "copy", "copy")), st.sampled_from([0, 1, 9]), st.integers(1, 4))
+@settings(max_examples=40)
+def test_special_experts(bank: tuple[BankSpec, BankWeights], tokens: int, k: int) -> None:
+    """Ids behind the real ones add nothing, or the token itself, never scaled twice."""
+    spec, weights = bank
+    if spec.scale == "input":
+        spec = replace(spec, scale="output")
+    k = min(k, spec.num_ids)
+    routing = token_choice(tokens, spec.num_ids, k, "random")
+    assert_same(spec, weights, rows(tokens, spec.hidden_size), routing)
+
+
+LAYOUTS = [
+    BankSpec(5, 32, 24),
+    BankSpec(5, 32, 24, ClampedGated(0.4)),
+    BankSpec(5, 32, 24, GptOssGated(1.7, 0.5), transposed=True, interleaved=True),
+    BankSpec(5, 32, 24, Plain()),
+    BankSpec(5, 32, 24, scale="input"),
+]
+
+
+@pytest.mark.parametrize("spec", LAYOUTS, ids=lambda s: type(s.activation).__name__ + s.scale)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("weight_dtype", [torch.float32, None], ids=["fp32_weights", "own"])
+@pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
+def test_pass_rule(
+    spec: BankSpec, dtype: torch.dtype, weight_dtype: torch.dtype | None, bias: bool
+) -> None:
+    """Grouped against the truth in fp64 at the same rounded inputs; reference is the eager one."""
+    torch.manual_seed(0)
+    weights = make_weights(spec, bias, dtype)
+    x_TH = torch.randn(96, 32).to(dtype).requires_grad_()
+    drawn = token_choice(96, 5, 3, "random")
+    weights_TK = drawn.weights_TK.detach().to(weight_dtype or dtype).requires_grad_()
+    routing = replace(drawn, weights_TK=weights_TK)
+    found = {}
+    for backend in BACKENDS:
+        y_TH = bank_forward(spec, weights, x_TH, routing, backend)
+        assert y_TH.dtype == dtype
+        found[backend] = gradients(y_TH, weights, x_TH, routing)
+
+    def raised(tensor: Tensor | None) -> Any:
+        return None if tensor is None else tensor.detach().double().requires_grad_()
+
+    exact = BankWeights(*(raised(getattr(weights, n)) for n in vars(weights)))
+    x_exact = raised(x_TH)
+    routing_exact = replace(routing, weights_TK=raised(weights_TK))
+    y_exact = dense(spec, exact, x_exact, routing_exact)
+    truth = gradients(y_exact, exact, x_exact, routing_exact)
+    for name, tensor in truth.items():
+        verdict = judge(
+            name, found["grouped"][name], found["reference"][name], tensor, reduction=96
+        )
+        assert verdict.ok, verdict
+
+
+# Laws.
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_row_of_nan_stays_alone(backend: str, dtype: torch.dtype) -> None:
+    """Every other row, and every other row's gradient, is bitwise what it was."""
+    torch.manual_seed(0)
+    spec = BankSpec(4, 16, 8)
+    weights = make_weights(spec, True, dtype)
+    routing = token_choice(12, 4, 2, "random")
+    x_TH = torch.randn(12, 16).to(dtype)
+    spoiled_TH = x_TH.clone()
+    spoiled_TH[5] = float("nan")
+    others = torch.arange(12) != 5
+    found = []
+    for x in (x_TH, spoiled_TH):
+        x.requires_grad_()
+        y_TH = bank_forward(spec, weights, x, routing, backend)
+        (dx_TH,) = torch.autograd.grad(y_TH[others].float().sum(), x)
+        found.append((y_TH.detach(), dx_TH))
+    (y_TH, dx_TH), (y_spoiled_TH, dx_spoiled_TH) = found
+    assert y_spoiled_TH[5].isnan().all()
+    assert torch.equal(y_spoiled_TH[others], y_TH[others])
+    assert torch.equal(dx_spoiled_TH[others], dx_TH[others])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_layer_that_does_not_check_lets_a_row_of_nan_through(backend: str) -> None:
+    torch.manual_seed(0)
+    parts = MixtralRouter(16, 4, 2), ExpertBank(16, 4, 8, backend=backend)
+    x_TH = torch.randn(12, 16)
+    want, _ = MoELayer(*parts)(x_TH)
+    x_TH[5] = float("nan")
+    found, routing = MoELayer(*parts, check=False)(x_TH)
+    others = torch.arange(12) != 5
+    assert found[5].isnan().all() and torch.equal(found[others], want[others])
+    assert ((routing.experts_TK >= 0) & (routing.experts_TK < 4)).all()
+    with pytest.raises(NonFiniteRoutingError, match="at token 5, column 0"):
+        MoELayer(*parts)(x_TH)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_duplicate_counts_twice(backend: str) -> None:
+    torch.manual_seed(0)
+    spec = BankSpec(3, 8, 4)
+    weights, x_TH = make_weights(spec, True), rows(6, 8)
+    once = TokenChoice(torch.full((6, 1), 2), torch.full((6, 1), 0.7).double(), 3)
+    twice = TokenChoice(torch.full((6, 2), 2), torch.tensor([[0.5, 0.2]]).double().expand(6, 2), 3)
+    found = [bank_forward(spec, weights, x_TH, routing, backend) for routing in (once, twice)]
+    assert relative_error(found[1], found[0]) < 1e-7
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_an_expert_that_nobody_chose_has_gradient_zero(backend: str) -> None:
+    torch.manual_seed(0)
+    spec = BankSpec(4, 8, 4)
+    weights, x_TH = make_weights(spec, True), rows(6, 8)
+    routing = token_choice(6, 4, 2, "skewed")
+    found = gradients(bank_forward(spec, weights, x_TH, routing, backend), weights, x_TH, routing)
+    for name in ("up", "down", "up_bias", "down_bias"):
+        assert (found[name][:2] != 0).any() and (found[name][2:] == 0).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("trained", ["x", "weights_TK", "up", "down", "up_bias", "down_bias"])
+def test_one_gradient_alone(backend: str, trained: str) -> None:
+    """Frozen banks and detached routers: what is asked for comes, and nothing else is needed."""
+    torch.manual_seed(0)
+    spec = BankSpec(3, 8, 4)
+    weights, x_TH, routing = make_weights(spec, True), rows(6, 8), token_choice(6, 3, 2, "random")
+    whole = gradients(bank_forward(spec, weights, x_TH, routing, backend), weights, x_TH, routing)
+
+    def only(owner: Any, name: str) -> Any:
+        values = {n: getattr(owner, n) for n in vars(owner)}
+        return replace(
+            owner,
+            **{
+                n: v.detach().requires_grad_(n == name)
+                for n, v in values.items()
+                if isinstance(v, Tensor) and v.is_floating_point()
+            },
+        )
+
+    weights, routing = only(weights, trained), only(routing, trained)
+    x_TH = x_TH.detach().requires_grad_(trained == "x")
+    y_TH = bank_forward(spec, weights, x_TH, routing, backend)
+    leaf = next(
+        t
+        for t in (x_TH, *vars(weights).values(), routing.weights_TK)
+        if t is not None and t.requires_grad
+    )
+    generator = torch.Generator().manual_seed(3)
+    cotangent = torch.randn(y_TH.shape, generator=generator, dtype=torch.float64)
+    (found,) = torch.autograd.grad(y_TH, leaf, cotangent)
+    assert relative_error(found, whole[trained]) < EXACT
+
+
+def test_a_second_derivative_is_refused() -> None:
+    torch.manual_seed(0)
+    spec = BankSpec(2, 4, 4)
+    weights, x_TH, routing = make_weights(spec, False), rows(3, 4), token_choice(3, 2, 1, "random")
+    y_TH = bank_forward(spec, weights, x_TH, routing, "grouped")
+    (dx_TH,) = torch.autograd.grad(y_TH.sum(), x_TH, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dx_TH.sum().backward()
+
+
+# Kernels.
+
+
+@given(
+    st.integers(0, 2**16),
+    st.sampled_from([0, 1, 7, 32]),
+    st.integers(1, 5),
+    st.sampled_from([1, 3, 8]),
+    st.booleans(),
+)
+@settings(max_examples=60)
+def test_sort_plan(seed: int, tokens: int, k: int, experts: int, drops: bool) -> None:
+    torch.manual_seed(seed)
+    ids_TK = torch.randint(-1, experts + 2, (tokens, k))  # E and E + 1: special, or another rank's
+    kept_TK = torch.rand(tokens, k) < 0.5 if drops else None
+    plan = sort_plan(ids_TK, kept_TK, experts)
+    used_TK = (ids_TK >= 0) & (ids_TK < experts)
+    if kept_TK is not None:
+        used_TK &= kept_TK
+    for tensor in (plan.source_N, plan.slot_TK, plan.offsets_E, plan.counts_E):
+        assert tensor.dtype == torch.int32
+    counts_E = torch.bincount(ids_TK[used_TK], minlength=experts)
+    assert torch.equal(plan.counts_E.long(), counts_E)
+    slots_N = plan.slot_TK.flatten().long()
+    assert torch.equal(slots_N.sort().values, torch.arange(tokens * k))
+    assert torch.equal(plan.source_N[slots_N].long(), torch.arange(tokens).repeat_interleave(k))
+    expert_of_row_N = torch.searchsorted(plan.offsets_E, torch.arange(tokens * k), right=True)
+    want_TK = ids_TK.masked_fill(~used_TK, experts)
+    assert torch.equal(expert_of_row_N[slots_N], want_TK.flatten())
+    for expert in range(experts + 1):  # stable: earlier tokens first
+        row_N = slots_N[want_TK.flatten() == expert]
+        assert torch.equal(row_N, row_N.sort().values)
+
+
+@given(
+    st.integers(0, 2**16),
+    st.lists(st.integers(0, 4), min_size=1, max_size=5),
+    st.integers(0, 3),
+    st.sampled_from([torch.float64, torch.float32, torch.bfloat16]),
+    st.sampled_from([3, 8]),
+)
+@settings(max_examples=60)
+def test_grouped_products(
+    seed: int, counts: list[int], tail: int, dtype: torch.dtype, width: int
+) -> None:
+    torch.manual_seed(seed)
+    offsets_E = torch.tensor(counts).cumsum(0).int()
+    total = sum(counts) + tail
+    x_NA, y_NB = torch.randn(total, width).to(dtype), torch.randn(total, 8).to(dtype)
+    weight_EAB = torch.randn(len(counts), width, 8).to(dtype)
+    found, outer = grouped_mm(x_NA, weight_EAB, offsets_E), grouped_outer(x_NA, y_NB, offsets_E)
+    assert found.dtype == outer.dtype == dtype
+    bound = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 1e-2}[dtype]
+    start = 0
+    for expert, count in enumerate(counts):
+        rows_ = slice(start, start + count)
+        want = x_NA[rows_].double() @ weight_EAB[expert].double()
+        assert relative_error(found[rows_], want) < bound
+        assert relative_error(outer[expert], x_NA[rows_].double().T @ y_NB[rows_].double()) < bound
+        start += count
+    assert (found[start:] == 0).all()
+
+
+@given(st.integers(0, 2**16), st.sampled_from([0, 1, 6]), st.booleans(), st.booleans())
+@settings(max_examples=30)
+def test_gather_sum(seed: int, tokens: int, weighted: bool, mixed: bool) -> None:
+    torch.manual_seed(seed)
+    rows_NH = torch.randn(tokens * 3, 5)
+    slot_TK = torch.randperm(tokens * 3).view(tokens, 3).int()
+    weights_TK = torch.randn(tokens, 3) if weighted else None
+    if weights_TK is not None and mixed:
+        weights_TK = weights_TK.double()
+    found = gather_sum(rows_NH, slot_TK, weights_TK)
+    want_TH = torch.zeros(tokens, 5, dtype=torch.float64)
+    for k in range(3):
+        part_TH = rows_NH[slot_TK[:, k].long()].double()
+        want_TH += part_TH if weights_TK is None else part_TH * weights_TK[:, k, None].double()
+    assert found.dtype == (
+        rows_NH.dtype
+        if weights_TK is None
+        else torch.promote_types(rows_NH.dtype, weights_TK.dtype)
+    )
+    assert relative_error(found, want_TH) < 1e-6
+
+
+@pytest.mark.parametrize("counts", [[3, 0, 2], [0, 0, 0], [5, 5, 0]])
+def test_ops_for_the_compiler(counts: list[int]) -> None:
+    offsets_E = torch.tensor(counts).cumsum(0).int()
+    x_NA, y_NB = torch.randn(10, 4), torch.randn(10, 6)
+    opcheck(torch.ops.moetk.grouped_mm.default, (x_NA, torch.randn(3, 4, 6), offsets_E))
+    opcheck(torch.ops.moetk.grouped_outer.default, (x_NA, y_NB, offsets_E))
+
+
+def test_a_compiled_bank_equals_an_eager_one() -> None:
+    torch.manual_seed(0)
+    spec = BankSpec(4, 8, 4)
+    weights, x_TH = make_weights(spec, True), rows(6, 8)
+    routing = token_choice(6, 4, 2, "unused")
+    torch._dynamo.reset()
+    run = torch.compile(bank_forward, fullgraph=True, backend="aot_eager")
+    found = gradients(run(spec, weights, x_TH, routing), weights, x_TH, routing)
+    want = gradients(bank_forward(spec, weights, x_TH, routing), weights, x_TH, routing)
+    for name, tensor in want.items():
+        assert relative_error(found[name], tensor) < EXACT
+    with pytest.raises(Exception, match="its loop over the rows of each expert cannot be compiled"):
+        run(spec, weights, x_TH, routing, "reference")
+
+
+# The module and the settings.
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+def test_expert_bank(transposed: bool, bias: bool) -> None:
+    spec = BankSpec(1, 1, 1, transposed=transposed)
+    bank = ExpertBank(16, 4, 9, spec=spec, bias=bias)
+    shapes = {name: tuple(p.shape) for name, p in bank.named_parameters()}
+    want = {"gate_up_proj": (4, 18, 16), "down_proj": (4, 16, 9)}
+    if transposed:
+        want = {"gate_up_proj": (4, 16, 18), "down_proj": (4, 9, 16)}
+    if bias:
+        want |= {"gate_up_proj_bias": (4, 18), "down_proj_bias": (4, 16)}
+    assert shapes == want
+    bank.spec.check(bank.weights())
+    assert bank.num_experts == 4 and "H=16, E=4, I=9, auto" in repr(bank)
+    for name, bound in (("gate_up_proj", 16**-0.5), ("down_proj", 9**-0.5)):
+        largest = bank.get_parameter(name).abs().max()
+        assert 0.9 * bound < largest <= bound
+    x_TH, routing = torch.randn(5, 16), token_choice(5, 4, 2, "random")
+    assert torch.equal(bank(x_TH, routing), bank_forward(bank.spec, bank.weights(), x_TH, routing))
+
+
+SPEC_ERRORS = [
+    (lambda: BankSpec(0, 4, 4), "num_experts=0; need an integer >= 1"),
+    (lambda: BankSpec(2, True, 4), "hidden_size=True; need an integer >= 1"),
+    (lambda: BankSpec(2, 4, 1.5), "intermediate_size=1.5; need an integer >= 1"),  # type: ignore[arg-type]
+    (lambda: BankSpec(2, 4, 4, special=("skip",)), "special=['skip']; each is one of ('zero', 'c"),
+    (lambda: BankSpec(2, 4, 4, scale="both"), "scale='both'; 'output' or 'input'"),  # type: ignore[arg-type]
+]
+
+
+@pytest.mark.parametrize(("build", "says"), SPEC_ERRORS)
+def test_specs_that_cannot_work(build: Callable[[], Any], says: str) -> None:
+    with pytest.raises(RouterConfigError, match=re.escape(f"BankSpec: {says}")):
+        build()
+
+
+def test_weights_of_another_shape() -> None:
+    weights = make_weights(BankSpec(2, 4, 4), bias=True)
+    BankSpec(2, 4, 4).check(weights)
+    message = "bank weight up is (2, 8, 4), expected (2, 4, 8) for E=2, H=4, I=4, transposed=True."
+    with pytest.raises(MoeShapeError, match=re.escape(message)):
+        BankSpec(2, 4, 4, transposed=True).check(weights)
+    with pytest.raises(MoeShapeError, match=re.escape("bank weight down_bias is (2, 3), expected")):
+        BankSpec(2, 4, 4).check(replace(weights, down_bias=torch.zeros(2, 3)))
+
+
+def test_rows_of_another_width() -> None:
+    bank, routing = ExpertBank(8, 2, 4), token_choice(3, 2, 1, "random")
+    for shape in ((3, 7), (3, 2, 8)):
+        message = f"the bank: x_TH is {shape}, expected (T, H=8)."
+        with pytest.raises(MoeShapeError, match=re.escape(message)):
+            bank(torch.randn(shape), routing)
+
+
+def test_backends_that_cannot_run() -> None:
+    with pytest.raises(BackendError, match="backend='fast' is not one of this version"):
+        ExpertBank(4, 2, 4, backend="fast")
+    message = (
+        'backend="grouped" cannot run here: dtype int64, needs float64 or float32 or bfloat16 or '
+        'float16. Use backend="auto" (here: "grouped") or see Replacement.explain().'
+    )
+    with pytest.raises(BackendError, match=re.escape(message)):
+        pick_backend("grouped", torch.int64, torch.device("cpu"), 1, "here")
+    with pytest.raises(BackendError, match="device xpu, needs cpu or cuda"):
+        pick_backend("reference", torch.float32, torch.device("xpu"), 1)
+
+
+def test_auto_follows_the_shipped_table() -> None:
+    assert all(row.backend in BACKENDS and row.measured for row in auto_table())
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        for device in ("cpu", "cuda"):
+            for num_rows in (0, 1, 2**10, 2**30):
+                row = auto_row(device, dtype, num_rows)
+                assert num_rows <= row.max_rows
+                picked = pick_backend("auto", dtype, torch.device(device), num_rows)
+                assert picked.name == row.backend
+
+
+def test_activations_are_compared_by_value() -> None:
+    """Equal layers have equal specs, and share compiled code."""
+    assert BankSpec(2, 4, 4) == BankSpec(2, 4, 4) and hash(Gated()) == hash(Gated())
+    assert GptOssGated(1.7, 7.0) != GptOssGated(1.7, 6.0)
+    context = RouterContext()
+    assert context != RouterContext()  # values with tensors are compared by identity

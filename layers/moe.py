@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from moetk.context import RouterContext
 from moetk.dispatch import Dispatcher, Local
 from moetk.layers.attach import Attachment, Controller, Loss, Reduce, step_all
+from moetk.recorded import check_obeyed
 from moetk.routing import Routing, check_routing
 
 
@@ -65,6 +66,7 @@ class MoELayer(nn.Module):
             values=self.check,
             batch_shape=ctx.batch_shape,
         )
+        check_obeyed(routing, ctx, type(self.router).__name__)
         x_RH, local, handle = self.dispatcher.dispatch(x_TH, routing, ctx)
         y_TH = self.dispatcher.combine(self.experts(x_RH, local), handle)
         if self.attachment and self.training:

@@ -16,11 +16,12 @@ from torch import Tensor
 
 from moetk.context import RouterContext
 from moetk.dispatch import Dispatcher
-from moetk.errors import ForeignExpertsError, ReplaceError, ReplayError, UnsupportedRoutingError
+from moetk.errors import ForeignExpertsError, ReplaceError, UnsupportedRoutingError
 from moetk.experts import BankSpec, bank_forward
 from moetk.layers.attach import Attachment
 from moetk.layers.carrier import VISIT, Carrier, Visit
 from moetk.layers.families import Family, Gate, Order, bank_weights
+from moetk.recorded import check_obeyed
 from moetk.routing import Routing, TokenChoice, check_routing
 
 SITE = "_moetk_site"
@@ -236,24 +237,13 @@ def _with_drops(routing: Routing, local: Routing) -> Routing:
 
 def _obeyed(routing: Routing, ctx: RouterContext, visit: Visit, site: Site) -> Routing:
     """The routing under replay; raises ReplayError where the router chose for itself."""
+    check_obeyed(routing, ctx, f"{site.label or 'the router'} in {site.name}")
+    if visit.forward.replay_weights != "stored":
+        return routing
     assert visit.forward.replay is not None
     recorded = visit.forward.replay[site.layer]
-    label = f"{site.label or 'the router'} in {site.name}"
-    if not isinstance(routing, TokenChoice) or not isinstance(recorded, TokenChoice):
-        raise UnsupportedRoutingError(f"{label}: only a TokenChoice can be replayed.")
-    assert ctx.replay is not None
-    if not torch.compiler.is_compiling():
-        same = routing.experts_TK.shape == ctx.replay.shape and torch.equal(
-            routing.experts_TK, ctx.replay.to(routing.experts_TK.device)
-        )
-        if not same:
-            raise ReplayError(
-                f"{label} did not take the replayed choice: its forward ignores ctx.replay. "
-                "Choose with moetk.routers.top_k, or return ctx.replayed(experts_TK)."
-            )
-    if visit.forward.replay_weights == "stored":
-        return replace(routing, weights_TK=recorded.weights_TK, kept_TK=recorded.kept_TK)
-    return routing
+    assert isinstance(recorded, TokenChoice) and isinstance(routing, TokenChoice)
+    return replace(routing, weights_TK=recorded.weights_TK, kept_TK=recorded.kept_TK)
 
 
 class _NoGraph:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from moetk.errors import ReplayError
-from moetk.routing import Routing, detached
+import torch
+
+from moetk.context import RouterContext
+from moetk.errors import ReplayError, UnsupportedRoutingError
+from moetk.routing import Routing, TokenChoice, detached
 
 
 class Recording:
@@ -49,3 +52,25 @@ class Recording:
     def forward(self, index: int) -> dict[int, Routing]:
         """Every layer's routing of one forward, layers in order."""
         return {layer: entries[index] for layer, entries in self.items() if index < len(entries)}
+
+
+def check_obeyed(routing: Routing, ctx: RouterContext, router: str) -> None:
+    """Raise ReplayError where ctx names a choice to take and `router` took another.
+
+    Values are compared outside torch.compile only. Raises UnsupportedRoutingError for a routing
+    that no replay can force.
+    """
+    if ctx.replay is None:
+        return
+    if not isinstance(routing, TokenChoice):
+        raise UnsupportedRoutingError(f"{router}: only a TokenChoice can be replayed.")
+    if torch.compiler.is_compiling():
+        return
+    same = routing.experts_TK.shape == ctx.replay.shape and torch.equal(
+        routing.experts_TK, ctx.replay.to(routing.experts_TK.device)
+    )
+    if not same:
+        raise ReplayError(
+            f"{router} did not take the replayed choice: its forward ignores ctx.replay. "
+            "Choose with moetk.routers.top_k, or return ctx.replayed(experts_TK)."
+        )

@@ -232,8 +232,9 @@ def _soft_choice(spec: BankSpec, weights: BankWeights, x_TH: Tensor, routing: So
     batch, length, num_slots = routing.dispatch_BSP.shape
     x_BSH = x_TH.view(batch, length, x_TH.shape[1])
     slots_BPH = torch.bmm(routing.dispatch_BSP.to(x_TH.dtype).transpose(1, 2), x_BSH)
-    slots_ENH = slots_BPH.unflatten(1, (routing.num_experts, -1)).transpose(0, 1).flatten(1, 2)
+    of_one = num_slots // routing.num_experts
+    slots_ENH = slots_BPH.unflatten(1, (routing.num_experts, of_one)).transpose(0, 1).flatten(1, 2)
     out_ENH = _batched_mlp(spec, weights, slots_ENH.to(weights.dtype))
-    out_BPH = out_ENH.unflatten(1, (batch, -1)).transpose(0, 1).flatten(1, 2)
+    out_BPH = out_ENH.unflatten(1, (batch, of_one)).transpose(0, 1).flatten(1, 2)
     y_BSH = torch.bmm(routing.combine_BSP.to(out_BPH.dtype), out_BPH)
     return y_BSH.reshape(x_TH.shape).to(x_TH.dtype)

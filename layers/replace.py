@@ -227,9 +227,7 @@ def replace_moe(
         carrier = Carrier(torch.initial_seed() if seed is None else seed)
         carrier.wants_loss = bool(losses) and aux_scale is None
         routers = [_build(router, spec) for spec in specs_of(found, root)]
-        if any(
-            isinstance(r, nn.Module) and next(r.parameters(), None) is not None for r in routers
-        ):
+        if any(list(made.parameters()) for made in routers if isinstance(made, nn.Module)):
             _refuse_distributed(model)
         sites = [
             _site(

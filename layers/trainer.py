@@ -50,5 +50,7 @@ def controller_callback(replacement: Any, reduce: Reduce | None) -> ControllerCa
 
 def _resumed_from(args: Any, step: int) -> Path:
     """The checkpoint: Trainer.train does not tell its callbacks the folder it was given."""
-    given = Path(args.resume_from_checkpoint or "")
-    return given if (given / STATE_FILE).exists() else Path(args.output_dir) / f"checkpoint-{step}"
+    given = args.resume_from_checkpoint
+    if given is not None and (Path(given) / STATE_FILE).exists():
+        return Path(given)
+    return Path(args.output_dir) / f"checkpoint-{step}"

@@ -1,4 +1,4 @@
-"""Routers, losses and controllers of a user's own, built on nothing but the two nouns."""
+"""Routers, losses and controllers of a user's own, and a batch of unequal labels to train on."""
 
 from __future__ import annotations
 
@@ -10,6 +10,26 @@ from torch.nn.functional import normalize
 
 from moetk import BlockSpec, RouterContext, TokenChoice
 from moetk.routers import gather, normal_like, top_k
+from tests.tiny import VOCAB
+
+
+def data() -> tuple[Tensor, Tensor]:
+    """Eight sequences and their labels, some of which are mostly -100: 64 of 88 count."""
+    generator = torch.Generator().manual_seed(5)
+    ids_BS = torch.randint(3, VOCAB, (8, 12), generator=generator)
+    labels_BS = ids_BS.clone()
+    labels_BS[0, 3:] = -100
+    labels_BS[3, :8] = -100
+    labels_BS[6, 5:] = -100
+    labels_BS[7, 4] = -100
+    return ids_BS, labels_BS
+
+
+def predicting(labels_BS: Tensor) -> Tensor:
+    """(T,) bool: the positions whose next token is a label."""
+    mask_BS = torch.zeros_like(labels_BS, dtype=torch.bool)
+    mask_BS[:, :-1] = labels_BS[:, 1:] != -100
+    return mask_BS.flatten()
 
 
 class CosineRouter(nn.Module):
@@ -51,8 +71,8 @@ def noisy(spec: BlockSpec) -> NoisyRouter:
     return NoisyRouter(spec.hidden_size, spec.num_experts, spec.top_k)
 
 
-class SquaredLogits:
-    """A loss in the dtype of the logits, so that float64 shows what is exact."""
+class ExactZLoss:
+    """The z-loss in the dtype of the logits, so that float64 shows what is exact."""
 
     reads = ("logits_TE",)
 

@@ -15,12 +15,12 @@ from moetk import ExpertBank, MoELayer, Replacement, RouterContext, record, repl
 from moetk.controllers import BiasUpdate
 from moetk.errors import RouterConfigError
 from moetk.routers import MixtralRouter
-from tests.layers.parts import SquaredLogits, Tally
+from tests.layers.parts import ExactZLoss, Tally
 from tests.layers.stock import assert_equal, checkpointed, gradients, step, stock
 from tests.tiny import FAMILIES, ids
 
 H, E, K, T = 8, 4, 2, 6
-LOSS = SquaredLogits(0.3)
+LOSS = ExactZLoss(0.3)
 Forward = Callable[[Tensor], Tensor]
 
 
@@ -152,7 +152,7 @@ def test_scale_of_a_layer_on_its_own() -> None:
         y_TH, _ = ours(batch(1))
         scales.append(2.0)
         y_TH.sum().backward()
-        twin = layer(losses=[SquaredLogits(0.6)])
+        twin = layer(losses=[ExactZLoss(0.6)])
         run(lambda x_TH, twin=twin: twin(x_TH)[0], BACKWARDS["plain"])
         assert_equal(gradients(ours), gradients(twin))
 

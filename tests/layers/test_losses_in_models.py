@@ -14,31 +14,11 @@ from moetk.errors import AuxScaleError
 from moetk.layers.attach import Loss
 from moetk.losses import LoadBalancingLoss, RouterZLoss
 from moetk.routers import MixtralRouter
-from tests.layers.parts import SquaredLogits
+from tests.layers.parts import ExactZLoss, data, predicting
 from tests.layers.stock import assert_equal, checkpointed, gradients, stock
-from tests.tiny import VOCAB
 
 BALANCE = LoadBalancingLoss(0.5, scope="sequence")
 LOSSES = (RouterZLoss(0.2), BALANCE)
-
-
-def data() -> tuple[Tensor, Tensor]:
-    """Eight sequences and their labels, some of which are mostly -100: 64 of 88 count."""
-    generator = torch.Generator().manual_seed(5)
-    ids_BS = torch.randint(3, VOCAB, (8, 12), generator=generator)
-    labels_BS = ids_BS.clone()
-    labels_BS[0, 3:] = -100
-    labels_BS[3, :8] = -100
-    labels_BS[6, 5:] = -100
-    labels_BS[7, 4] = -100
-    return ids_BS, labels_BS
-
-
-def predicting(labels_BS: Tensor) -> Tensor:
-    """(T,) bool: the positions whose next token is a label."""
-    mask_BS = torch.zeros_like(labels_BS, dtype=torch.bool)
-    mask_BS[:, :-1] = labels_BS[:, 1:] != -100
-    return mask_BS.flatten()
 
 
 class Remembering(MixtralRouter):
@@ -135,7 +115,7 @@ def test_gradient_accumulation_changes_nothing(micro_batches: int) -> None:
 @pytest.mark.parametrize("micro_batches", [2, 4])
 def test_gradient_accumulation_is_exact_in_float64(micro_batches: int) -> None:
     """No float32 of the model's own loss in the way: its head is zero, only our loss remains."""
-    whole, parts = (model_with([SquaredLogits(0.2)], torch.float64) for _ in range(2))
+    whole, parts = (model_with([ExactZLoss(0.2)], torch.float64) for _ in range(2))
     for model, count in ((whole, 1), (parts, micro_batches)):
         torch.nn.init.zeros_(model.lm_head.weight)
         accumulated(model, count)

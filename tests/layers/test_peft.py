@@ -15,7 +15,7 @@ from torch import Tensor
 import moetk
 from moetk import replace_moe
 from moetk.layers.replace import replacement_of
-from tests.layers.parts import SquaredLogits, Tally, cosine
+from tests.layers.parts import ExactZLoss, Tally, cosine
 from tests.layers.stock import assert_bitwise, assert_equal, stock
 from tests.tiny import FAMILIES, ids
 
@@ -142,7 +142,7 @@ def test_a_custom_router_and_losses_below_peft() -> None:
     frozen router, as they do when it is added by hand."""
     model = stock("qwen3_moe").train()
     ours, twin = copy.deepcopy(model), copy.deepcopy(model)
-    replacement = replace_moe(ours, cosine, losses=[SquaredLogits(0.3)], controllers=[Tally()])
+    replacement = replace_moe(ours, cosine, losses=[ExactZLoss(0.3)], controllers=[Tally()])
     made: list[Any] = []
 
     def remembering(spec: moetk.BlockSpec) -> Any:
@@ -161,7 +161,7 @@ def test_a_custom_router_and_losses_below_peft() -> None:
     loss = twin(input_ids=ids(), labels=ids()).loss
     mask = torch.nn.functional.pad(torch.ones(2, 11, dtype=torch.bool), (0, 1)).flatten()
     ctx = moetk.RouterContext(label_mask=mask)
-    (loss + sum(SquaredLogits(0.3)(routing, ctx) for routing in made)).backward()
+    (loss + sum(ExactZLoss(0.3)(routing, ctx) for routing in made)).backward()
 
     def grads(adapted: Any) -> dict[str, Tensor]:
         return {n: p.grad for n, p in adapted.named_parameters() if p.grad is not None}

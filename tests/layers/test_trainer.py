@@ -19,9 +19,8 @@ from moetk.errors import RouterConfigError
 from moetk.layers.replace import replacement_of
 from moetk.layers.saving import STATE_FILE
 from moetk.losses import LoadBalancingLoss, RouterZLoss
-from tests.layers.parts import Tally, cosine, noisy
+from tests.layers.parts import Tally, cosine, data, noisy
 from tests.layers.stock import assert_bitwise, assert_equal, gradients
-from tests.layers.test_losses_in_models import data
 from tests.tiny import FAMILIES, tiny
 
 # Its configuration, as stock saves it, is not one that stock's Trainer reads back.

@@ -20,9 +20,8 @@ from moetk.errors import ReplaceError, TopologyError
 from moetk.layers.replace import replacement_of
 from moetk.losses import LoadBalancingLoss, RouterZLoss
 from moetk.parallel import shard, sum_over_ranks
-from tests.layers.parts import Tally, cosine
+from tests.layers.parts import Tally, cosine, data, predicting
 from tests.layers.stock import assert_bitwise, assert_equal, checkpointed, gradients, stock
-from tests.layers.test_losses_in_models import data, predicting
 
 RANKS = 2
 

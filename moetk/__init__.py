@@ -30,6 +30,7 @@ __all__ = [
 ]
 
 _ROOMS = {"controllers", "dispatch", "losses", "metrics", "routers"}
+_UNLISTED = {"parallel"}  # for those who run on several ranks: found by name, not by `import *`
 _MODULE_OF = {
     "AutoModelForCausalLM": "moetk.auto",
     "BlockSpec": "moetk.layers.find",
@@ -51,6 +52,7 @@ _MODULE_OF = {
 
 if TYPE_CHECKING:  # what editors and mypy read; a test holds it equal to the tables
     from moetk import controllers, dispatch, losses, metrics, routers
+    from moetk import parallel as parallel
     from moetk.auto import AutoModelForCausalLM
     from moetk.context import RouterContext
     from moetk.errors import MoetkError
@@ -65,7 +67,7 @@ if TYPE_CHECKING:  # what editors and mypy read; a test holds it equal to the ta
 else:  # hidden from type checkers, so that they still flag a name that is not there
 
     def __getattr__(name: str) -> Any:
-        if name in _ROOMS:
+        if name in _ROOMS | _UNLISTED:
             return import_module(f"moetk.{name}")
         if name not in _MODULE_OF:
             raise AttributeError(f"module 'moetk' has no attribute {name!r}")

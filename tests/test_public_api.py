@@ -73,9 +73,17 @@ def test_no_function_is_hidden_by_a_module_of_the_same_name() -> None:
 
 
 def test_type_checkers_see_what_runs() -> None:
-    rooms = dict.fromkeys(moetk._ROOMS, "moetk")
+    rooms = dict.fromkeys(moetk._ROOMS | moetk._UNLISTED, "moetk")
     assert names_in_the_type_checking_block() == moetk._MODULE_OF | rooms
     assert set(PUBLIC) == moetk._MODULE_OF.keys() | moetk._ROOMS
+
+
+def test_what_messages_name_is_there_after_import_moetk_alone() -> None:
+    code = (
+        "import moetk; print(moetk.parallel.sum_over_ranks.__name__, 'parallel' in moetk.__all__)"
+    )
+    said = subprocess.check_output([sys.executable, "-c", code], text=True)
+    assert said.split() == ["sum_over_ranks", "False"]
 
 
 def test_dir_lists_every_public_name_before_it_is_touched() -> None:

@@ -15,6 +15,10 @@ from torch import Tensor
 from moetk.errors import MoeShapeError, TopologyError
 
 _MOST_DIMS = 7
+# By name, so that every rank of one torch numbers them alike.
+_DTYPES = sorted(
+    {value for value in vars(torch).values() if isinstance(value, torch.dtype)}, key=str
+)
 
 
 def sum_over_ranks(tensor: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
@@ -35,8 +39,8 @@ def gather_over_ranks(tensor: Tensor, group: dist.ProcessGroup | None = None) ->
 
     The lengths may differ and may be 0; every other dimension, and the dtype, must agree. Waits for
     the lengths on the host. group: None = all ranks.
-    Raises TopologyError, on every rank, where shapes disagree, and when this rank is not in the
-    group; MoeShapeError for a tensor without dimensions or with more than seven.
+    Raises TopologyError, on every rank, where shapes or dtypes disagree, and when this rank is not
+    in the group; MoeShapeError for a tensor without dimensions or with more than seven.
     """
     tensor = tensor.detach()
     if not 1 <= tensor.ndim <= _MOST_DIMS:
@@ -47,12 +51,15 @@ def gather_over_ranks(tensor: Tensor, group: dist.ProcessGroup | None = None) ->
     num_ranks = _num_ranks(group)
     if num_ranks == 1:
         return tensor
-    shapes = _shapes_of_ranks(tensor, num_ranks, group)
-    if len({shape[1:] for shape in shapes}) > 1:
-        listed = ", ".join(f"rank {rank} {shape}" for rank, shape in enumerate(shapes))
+    dtypes, shapes = _kinds_of_ranks(tensor, num_ranks, group)
+    if len(set(dtypes)) > 1 or len({shape[1:] for shape in shapes}) > 1:
+        kinds = zip(shapes, dtypes, strict=True)
+        listed = ", ".join(
+            f"rank {rank} {shape} {dtype}" for rank, (shape, dtype) in enumerate(kinds)
+        )
         raise TopologyError(
-            f"gather_over_ranks: all dimensions but the first must agree, but the tensors are "
-            f"{listed}."
+            f"gather_over_ranks: the dtype and all dimensions but the first must agree, but the "
+            f"tensors are {listed}. Convert them alike before they are gathered."
         )
     longest = max(shape[0] for shape in shapes)
     padded = tensor.new_zeros(longest, *tensor.shape[1:])
@@ -86,11 +93,17 @@ def _num_ranks(group: dist.ProcessGroup | None) -> int:
     return dist.get_world_size(group)
 
 
-def _shapes_of_ranks(
+def _kinds_of_ranks(
     tensor: Tensor, num_ranks: int, group: dist.ProcessGroup | None
-) -> list[tuple[int, ...]]:
-    numbers = [*tensor.shape, *[-1] * (_MOST_DIMS - tensor.ndim)]
-    own = torch.tensor(numbers, device=tensor.device)
+) -> tuple[list[torch.dtype], list[tuple[int, ...]]]:
+    """The dtype and the shape of every rank's tensor."""
+    padding = [-1] * (_MOST_DIMS - tensor.ndim)
+    own = torch.tensor([_DTYPES.index(tensor.dtype), *tensor.shape, *padding], device=tensor.device)
     every = [torch.zeros_like(own) for _ in range(num_ranks)]
     dist.all_gather(every, own, group=group)
-    return [tuple(size for size in shape.tolist() if size >= 0) for shape in every]
+    dtypes, shapes = [], []
+    for kind in every:
+        code, *sizes = kind.tolist()
+        dtypes.append(_DTYPES[code])
+        shapes.append(tuple(size for size in sizes if size >= 0))
+    return dtypes, shapes

@@ -68,10 +68,14 @@ def gathers(rank: int) -> None:
         assert torch.equal(every, torch.arange(sum(lengths))[:, None].expand(-1, 2))
         assert every.dtype == torch.int64
     # All ranks raise, so that none waits for another.
-    with pytest.raises(TopologyError, match=r"rank 0 \(1, 2\), rank 1 \(1, 3\)"):
+    with pytest.raises(TopologyError, match=r"rank 0 \(1, 2\) torch.float32, rank 1 \(1, 3\)"):
         gather_over_ranks(torch.zeros(1, 2 + rank))
-    with pytest.raises(TopologyError, match=r"rank 0 \(1,\), rank 1 \(1, 1\)"):
+    with pytest.raises(TopologyError, match=r"rank 0 \(1,\) torch.float32, rank 1 \(1, 1\)"):
         gather_over_ranks(torch.zeros([1] * (1 + rank)))
+    # Bytes of another type would be read as numbers of one's own; the widths may even be equal.
+    for other in (torch.float64, torch.int32, torch.bfloat16):
+        with pytest.raises(TopologyError, match=rf"rank 0 .*torch.float32, rank 1 \(2,\) {other}"):
+            gather_over_ranks(torch.ones(2, dtype=(torch.float32, other)[rank]))
 
 
 def groups(rank: int) -> None:

@@ -183,6 +183,17 @@ def test_the_rate_may_follow_a_schedule_and_resumes_in_it():
     assert resumed_router.e_score_correction_bias.tolist() == [2.0, -2.0]
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -1e-3, None, "1e-3"])
+def test_a_schedule_that_returns_no_rate_moves_nothing(value):
+    router = BiasedRouter(2)
+    controller = bound(router, lambda step: (1.0, value)[step])
+    controller.step(counts(0, 1))
+    with pytest.raises(RouterConfigError, match=r"BiasUpdate: rate\(1\)=.*finite number >= 0"):
+        controller.step(counts(0, 1))
+    assert router.e_score_correction_bias.tolist() == [1.0, -1.0]
+    assert controller.state_dict()["steps"] == 1
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("model_first", [True, False])
 def test_resume_is_exact_in_either_order_of_loading(dtype, model_first):
@@ -242,7 +253,7 @@ def test_a_copied_model_moves_its_own_router(duplicate):
 
 
 def test_errors_say_what_to_do():
-    for rate in (float("nan"), float("inf"), -1e-3):
+    for rate in (float("nan"), float("inf"), -1e-3, "1e-3", None, True):
         with pytest.raises(RouterConfigError, match=r"BiasUpdate: rate=.*finite number >= 0"):
             BiasUpdate(rate)
     with pytest.raises(RouterConfigError, match=r"e_score_correction_bias, which Linear does not"):

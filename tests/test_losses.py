@@ -402,10 +402,16 @@ def test_hf_pools_layers_before_the_product():
 
 
 def test_errors_say_what_to_do():
-    with pytest.raises(RouterConfigError, match=r"RouterZLoss: coefficient=nan; it is a finite"):
+    with pytest.raises(
+        RouterConfigError, match=r"RouterZLoss: coefficient=nan; need a finite number >= 0"
+    ):
         RouterZLoss(math.nan)
     with pytest.raises(RouterConfigError, match=r"coefficient=-1"):
         LoadBalancingLoss(-1)
+    for loss in (DeepSeekSequenceLoss, GShardLoss, ImportanceLoss, LoadBalancingLoss, LoadLoss):
+        for wrong in ("0.1", None, True, torch.tensor(0.1)):
+            with pytest.raises(RouterConfigError, match=rf"{loss.__name__}: coefficient=.*finite"):
+                loss(wrong)
     with pytest.raises(RouterConfigError, match=r"scope='batch'; it is one of micro_batch, seq"):
         LoadBalancingLoss(1, scope="batch")
     with pytest.raises(RouterConfigError, match=r"normalisation='mcore'; it is one of switch, hf"):

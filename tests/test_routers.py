@@ -227,6 +227,13 @@ class TestLinear:
         with pytest.raises(RouterConfigError, match="MixtralRouter: tie='first' is not a rule"):
             MixtralRouter(H, E, K, tie="first")  # type: ignore[arg-type]
 
+    @pytest.mark.parametrize("name", ["gemm_dtype", "score_dtype"])
+    @pytest.mark.parametrize("value", ["float32", torch.int64, float])
+    def test_dtypes_are_checked(self, name, value):
+        message = f"MixtralRouter: {name}={value!r}; need a floating torch.dtype"
+        with pytest.raises(RouterConfigError, match=re.escape(message)):
+            MixtralRouter(H, E, K, **{name: value})
+
     @pytest.mark.parametrize("shape", [(6, 13), (2, 3, H), (H,)])
     def test_another_shape_of_x_raises(self, shape):
         message = f"MixtralRouter: x_TH is {shape}, expected (T, H=12)"

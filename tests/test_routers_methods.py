@@ -85,13 +85,18 @@ class TestDeepSeekV3:
         ("settings", "message"),
         [
             ({"groups": 3}, "groups=3 does not divide num_experts=8"),
-            ({"groups": 0}, "groups=0 does not divide num_experts=8"),
+            ({"groups": 0}, "groups=0; need a whole number from 1 on"),
+            ({"groups": 2.0}, "groups=2.0; need a whole number from 1 on"),
+            ({"top_groups": "1"}, "top_groups='1'; need a whole number from 1 on"),
+            ({"scale": "x"}, "scale='x'; need a finite number"),
+            ({"scale": math.nan}, "scale=nan; need a finite number"),
+            ({"eps": -1e-9}, "eps=-1e-09; need a finite number >= 0"),
             ({"groups": 4, "top_groups": 5}, "top_groups=5; need 1 <= top_groups <= groups=4"),
             ({"groups": 8, "top_groups": 4}, "groups=8 leaves one expert a group"),
             ({"groups": 4, "top_groups": 1}, "top_k=3 but top_groups=1 groups hold 2 experts"),
         ],
     )
-    def test_impossible_groups_raise(self, settings, message):
+    def test_settings_that_cannot_work_raise(self, settings, message):
         with pytest.raises(RouterConfigError, match=re.escape(f"DeepSeekV3Router: {message}")):
             DeepSeekV3Router(H, E, K, **settings)
 
@@ -105,6 +110,18 @@ class TestHash:
         assert routing.experts_TK[0].tolist() == [3, 3]
         assert routing.weights_TK[0].tolist() == [0.5, 0.5]
         check_routing(routing, 2, E, where="hash", duplicates=router.duplicates)
+
+    @pytest.mark.parametrize(
+        ("settings", "message"),
+        [
+            ({"scale": "1.5"}, "DeepSeekV4HashRouter: scale='1.5'; need a finite number"),
+            ({"eps": math.inf}, "DeepSeekV4HashRouter: eps=inf; need a finite number >= 0"),
+            ({"vocab_size": 30.0}, "vocab_size=30.0; need a whole number from 1 on"),
+        ],
+    )
+    def test_settings_are_checked(self, settings, message):
+        with pytest.raises(RouterConfigError, match=re.escape(message)):
+            DeepSeekV4HashRouter(H, E, 2, **{"vocab_size": VOCAB, **settings})
 
     def test_needs_token_ids(self):
         router = DeepSeekV4HashRouter(H, E, 2, vocab_size=VOCAB)
@@ -156,8 +173,12 @@ class TestSwitch:
     def test_settings_are_checked(self):
         with pytest.raises(RouterConfigError, match="capacity_factor=0"):
             SwitchRouter(H, E, capacity_factor=0)
-        with pytest.raises(RouterConfigError, match="SwitchRouter: jitter=1.5; need 0 <= jitter"):
+        with pytest.raises(
+            RouterConfigError, match="jitter=1.5; need a finite number >= 0 and < 1"
+        ):
             SwitchRouter(H, E, jitter=1.5)
+        with pytest.raises(RouterConfigError, match="SwitchRouter: jitter='0.1'"):
+            SwitchRouter(H, E, jitter="0.1")
 
 
 class TestNoisyTopK:
@@ -267,5 +288,7 @@ class TestSoftMoE:
             router(x_TH, RouterContext(replay=torch.zeros(6, 1, dtype=torch.int64)))
         with pytest.raises(MoeShapeError, match=re.escape("x_TH is (6, 13), expected (T, H=12)")):
             router(normal(0, 6, 13), RouterContext(batch_shape=(2, 3)))
-        with pytest.raises(RouterConfigError, match="slots=0; need whole numbers"):
+        with pytest.raises(RouterConfigError, match="SoftMoERouter: slots=0; need a whole number"):
             SoftMoERouter(H, 4, 0)
+        with pytest.raises(RouterConfigError, match="SoftMoERouter: hidden_size='12'"):
+            SoftMoERouter("12", 4)

@@ -307,7 +307,7 @@ class TestCapacity:
         assert expert_capacity(1, 1, 64, 0.01) == 1
         assert expert_capacity(0, 1, 8, 1.25) == 0
 
-    @pytest.mark.parametrize("factor", [0, -1.0, math.inf, math.nan])
+    @pytest.mark.parametrize("factor", [0, -1.0, math.inf, math.nan, "1.25", None, True])
     def test_a_useless_factor_raises(self, factor):
         with pytest.raises(RouterConfigError, match=r"capacity_factor=.*need a finite number"):
             expert_capacity(8, 1, 2, factor)
@@ -374,5 +374,8 @@ class TestTable:
         assert not torch.equal(table, random_table(50, 8, 3, seed=2))
 
     def test_sizes_are_checked(self):
-        with pytest.raises(RouterConfigError, match="vocab_size=50, num_experts=2, top_k=3"):
+        with pytest.raises(RouterConfigError, match="random_table: top_k=3 but num_experts=2"):
             random_table(50, 2, 3)
+        for wrong in (0, 50.0, "50"):
+            with pytest.raises(RouterConfigError, match=f"random_table: vocab_size={wrong!r}"):
+                random_table(wrong, 2, 1)

@@ -6,7 +6,6 @@ Letters: T tokens, E experts, K choices a token.
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -22,6 +21,7 @@ from moetk.errors import (
     UnsupportedRoutingError,
 )
 from moetk.routing import Routing, TokenChoice
+from moetk.settings import check_number
 
 BUFFER = "e_score_correction_bias"
 
@@ -51,8 +51,8 @@ class BiasUpdate:
     accumulate = "sum"
 
     def __init__(self, rate: float | Callable[[int], float], *, centred: bool = False) -> None:
-        if not callable(rate) and not (math.isfinite(rate) and rate >= 0):
-            raise RouterConfigError(f"BiasUpdate: rate={rate}; it is a finite number >= 0.")
+        if not callable(rate):
+            check_number("BiasUpdate", "rate", rate, least=0)
         self.rate = rate
         self.centred = centred
         self._router: Any = None
@@ -97,7 +97,8 @@ class BiasUpdate:
     def step(self, observed: Tensor) -> None:
         """Move the bias by the counts (E,) of one optimizer step; all zero = it stays.
 
-        Raises MoeShapeError when there are not E counts.
+        Raises MoeShapeError when there are not E counts, RouterConfigError when a rate that is a
+        function returns no finite number >= 0; nothing is changed then.
         """
         buffer_E, bias_E = self._buffer(), self._followed()
         if observed.shape != bias_E.shape:
@@ -105,7 +106,11 @@ class BiasUpdate:
                 f"BiasUpdate.step got counts {tuple(observed.shape)}, the bias is "
                 f"{tuple(bias_E.shape)}: one count an expert."
             )
-        rate = self.rate(self._steps) if callable(self.rate) else self.rate
+        rate = self.rate
+        if callable(rate):
+            rate = rate(self._steps)
+            # A NaN would stay in the bias for good.
+            check_number("BiasUpdate", f"rate({self._steps})", rate, least=0)
         counts_E = observed.to(bias_E.device)
         # The sign of mean - count without the division: exact in integers, where a mean may round.
         update_E = rate * (counts_E.sum() - counts_E.numel() * counts_E).sign().to(bias_E)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from moetk.context import RouterContext
 from moetk.errors import MoeShapeError, ReplayError, RouterConfigError
+from moetk.settings import is_number
 
 Tie: TypeAlias = Literal["low", "stock"]
 
@@ -169,10 +170,10 @@ def expert_capacity(num_tokens: int, k: int, num_experts: int, factor: float) ->
     """ceil(factor * num_tokens * k / num_experts), with the factor taken to six decimals.
 
     In whole numbers: in binary 1.1 * 50 is a little more than 55, and its ceiling would be 56.
-    Raises RouterConfigError when the factor is below 1e-6 or not finite.
+    Raises RouterConfigError when the factor is below 1e-6 or no finite number.
     """
-    if not (math.isfinite(factor) and factor >= 1e-6):
-        raise RouterConfigError(f"capacity_factor={factor}; need a finite number above 0.")
+    if not (is_number(factor) and factor >= 1e-6):
+        raise RouterConfigError(f"capacity_factor={factor!r}; need a finite number above 0.")
     millionths = round(factor * 1_000_000)
     return -(-millionths * num_tokens * k // (1_000_000 * num_experts))
 

@@ -5,15 +5,15 @@ Letters: T tokens, E experts, K choices a token, R equal runs of tokens that sha
 
 from __future__ import annotations
 
-import math
 from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor
 
 from moetk.context import RouterContext
-from moetk.errors import MoeShapeError, RouterConfigError, UnsupportedRoutingError
+from moetk.errors import MoeShapeError, UnsupportedRoutingError
 from moetk.routing import Routing, TokenChoice
+from moetk.settings import check_number
 
 Sequences: TypeAlias = int | Tensor
 """B = B sequences of equal length; or (T,) int64 in [0, T), which sequence each token is of."""
@@ -82,8 +82,4 @@ def as_token_choice(routing: Routing, reader: str) -> TokenChoice:
 
 def check_coefficient(loss: Any) -> None:
     """Raise RouterConfigError unless the loss's coefficient is a finite number >= 0."""
-    value = loss.coefficient
-    if not (math.isfinite(value) and value >= 0):
-        raise RouterConfigError(
-            f"{type(loss).__name__}: coefficient={value}; it is a finite number >= 0."
-        )
+    check_number(type(loss).__name__, "coefficient", loss.coefficient, least=0)

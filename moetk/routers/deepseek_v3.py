@@ -15,6 +15,7 @@ from moetk.kernels.selection import (
 )
 from moetk.routers.linear import LinearRouter
 from moetk.routing import TokenChoice
+from moetk.settings import check_number, check_whole
 
 
 class DeepSeekV3Router(LinearRouter):
@@ -23,7 +24,8 @@ class DeepSeekV3Router(LinearRouter):
 
     groups: groups of neighbouring experts, of which a token may use its top_groups best;
     groups=1 = no limit (Kimi K2, GLM-4.5). scale: what the weights sum to when renormalised.
-    Raises RouterConfigError when top_k experts do not fit into top_groups groups.
+    Raises RouterConfigError when top_k experts do not fit into top_groups groups, on a scale that
+    is no finite number, and on an eps that is no finite number >= 0.
     """
 
     groups: int = 1
@@ -57,7 +59,11 @@ class DeepSeekV3Router(LinearRouter):
             score_dtype=score_dtype,
             tie=tie,
         )
-        _check_groups(type(self).__name__, num_experts, top_k, groups, top_groups)
+        who = type(self).__name__
+        check_whole(who, groups=groups, top_groups=top_groups)
+        _check_groups(who, num_experts, top_k, groups, top_groups)
+        check_number(who, "scale", scale)
+        check_number(who, "eps", eps, least=0)
         self.groups, self.top_groups = groups, top_groups
         self.scale, self.renormalise, self.eps = scale, renormalise, eps
 
@@ -79,11 +85,11 @@ class DeepSeekV3Router(LinearRouter):
 
 
 def _check_groups(who: str, num_experts: int, top_k: int, groups: int, top_groups: int) -> None:
-    if groups < 1 or num_experts % groups:
+    if num_experts % groups:
         raise RouterConfigError(
             f"{who}: groups={groups} does not divide num_experts={num_experts}."
         )
-    if not 1 <= top_groups <= groups:
+    if top_groups > groups:
         raise RouterConfigError(
             f"{who}: top_groups={top_groups}; need 1 <= top_groups <= groups={groups}."
         )

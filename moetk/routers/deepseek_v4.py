@@ -9,6 +9,7 @@ from moetk.kernels.selection import Tie, gather, in_order, normalise, top_k_as_s
 from moetk.routers.hash_table import random_table
 from moetk.routers.linear import LinearRouter
 from moetk.routing import TokenChoice
+from moetk.settings import check_number
 
 
 class DeepSeekV4Router(LinearRouter):
@@ -16,6 +17,7 @@ class DeepSeekV4Router(LinearRouter):
     arXiv 2606.19348
 
     scale: what the weights of a token sum to. score_dtype None: scores in the dtype of the logits.
+    Raises RouterConfigError on a scale or eps that is no finite number, or an eps below 0.
     """
 
     scale: float = 1.0
@@ -43,6 +45,8 @@ class DeepSeekV4Router(LinearRouter):
             score_dtype=score_dtype,
             tie=tie,
         )
+        check_number(type(self).__name__, "scale", scale)
+        check_number(type(self).__name__, "eps", eps, least=0)
         self.scale, self.eps = scale, eps
 
     def forward(self, x_TH: Tensor, ctx: RouterContext) -> TokenChoice:
@@ -62,7 +66,8 @@ class DeepSeekV4HashRouter(LinearRouter):
 
     tid2eid: buffer (vocab_size, K) int64, random until a checkpoint is loaded into it. A row may
     name one expert twice: both choices count. Columns have no order of preference.
-    Raises MissingContextError when ctx.token_ids is None.
+    Raises MissingContextError when ctx.token_ids is None; RouterConfigError as `DeepSeekV4Router`,
+    and on a vocab_size that is no whole number from 1 on.
     """
 
     duplicates = True
@@ -88,6 +93,8 @@ class DeepSeekV4HashRouter(LinearRouter):
             hidden_size, num_experts, top_k, gemm_dtype=gemm_dtype, score_dtype=score_dtype
         )
         self.tid2eid = nn.Buffer(random_table(vocab_size, num_experts, top_k, seed))
+        check_number(type(self).__name__, "scale", scale)
+        check_number(type(self).__name__, "eps", eps, least=0)
         self.scale, self.eps = scale, eps
 
     def forward(self, x_TH: Tensor, ctx: RouterContext) -> TokenChoice:

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from moetk.errors import MoeShapeError, RouterConfigError
 from moetk.kernels.selection import Tie
+from moetk.settings import check_float_dtype, check_whole
 
 
 class LinearRouter(nn.Module):
@@ -23,7 +24,8 @@ class LinearRouter(nn.Module):
 
     Parameters carry transformers' names: weight (E, H), bias (E,), e_score_correction_bias (E,).
     A forward reads these and the plain settings below, nothing else.
-    Raises RouterConfigError unless 1 <= top_k <= num_experts.
+    Raises RouterConfigError unless sizes are whole numbers with 1 <= top_k <= num_experts, and
+    dtypes are floating or None.
     """
 
     num_experts: int
@@ -46,7 +48,18 @@ class LinearRouter(nn.Module):
         tie: Tie = "low",
     ) -> None:
         super().__init__()
-        _check_settings(type(self).__name__, hidden_size, num_experts, top_k, tie)
+        who = type(self).__name__
+        check_whole(who, hidden_size=hidden_size, num_experts=num_experts, top_k=top_k)
+        if top_k > num_experts:
+            raise RouterConfigError(
+                f"{who}: top_k={top_k} but num_experts={num_experts}; "
+                f"need 1 <= top_k <= {num_experts}."
+            )
+        if tie not in ("low", "stock"):
+            raise RouterConfigError(
+                f"{who}: tie={tie!r} is not a rule; use tie='low' or tie='stock'."
+            )
+        check_float_dtype(who, gemm_dtype=gemm_dtype, score_dtype=score_dtype)
         self.num_experts, self.top_k, self.tie = num_experts, top_k, tie
         self.gemm_dtype, self.score_dtype = gemm_dtype, score_dtype
         self.weight = nn.Parameter(torch.randn(num_experts, hidden_size) * hidden_size**-0.5)
@@ -81,19 +94,3 @@ class LinearRouter(nn.Module):
     def extra_repr(self) -> str:
         num_experts, hidden_size = self.weight.shape
         return f"hidden_size={hidden_size}, num_experts={num_experts}, top_k={self.top_k}"
-
-
-def _check_settings(who: str, hidden_size: int, num_experts: int, top_k: int, tie: Tie) -> None:
-    for name, value in (
-        ("hidden_size", hidden_size),
-        ("num_experts", num_experts),
-        ("top_k", top_k),
-    ):
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise RouterConfigError(f"{who}: {name}={value!r}; need a whole number from 1 on.")
-    if top_k > num_experts:
-        raise RouterConfigError(
-            f"{who}: top_k={top_k} but num_experts={num_experts}; need 1 <= top_k <= {num_experts}."
-        )
-    if tie not in ("low", "stock"):
-        raise RouterConfigError(f"{who}: tie={tie!r} is not a rule; use tie='low' or tie='stock'.")

@@ -5,9 +5,10 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from moetk.context import RouterContext
-from moetk.errors import MoeShapeError, ReplayError, RouterConfigError
+from moetk.errors import MoeShapeError, ReplayError
 from moetk.kernels.selection import sequences
 from moetk.routing import SoftChoice
+from moetk.settings import check_whole
 
 
 class SoftMoERouter(nn.Module):
@@ -23,11 +24,9 @@ class SoftMoERouter(nn.Module):
 
     def __init__(self, hidden_size: int, num_experts: int, slots: int = 1) -> None:
         super().__init__()
-        if min(hidden_size, num_experts, slots) < 1:
-            raise RouterConfigError(
-                f"SoftMoERouter: hidden_size={hidden_size}, num_experts={num_experts}, "
-                f"slots={slots}; need whole numbers from 1 on."
-            )
+        check_whole(
+            type(self).__name__, hidden_size=hidden_size, num_experts=num_experts, slots=slots
+        )
         self.num_experts, self.slots = num_experts, slots
         self.phi_PH = nn.Parameter(torch.randn(num_experts * slots, hidden_size))
         self.scale = nn.Parameter(torch.ones(()))

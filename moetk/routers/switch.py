@@ -4,11 +4,11 @@ import torch
 from torch import Tensor
 
 from moetk.context import RouterContext
-from moetk.errors import RouterConfigError
 from moetk.kernels.selection import Tie, expert_capacity, gather, top_k, within_capacity
 from moetk.routers.linear import LinearRouter
 from moetk.routers.noise import jitter
 from moetk.routing import TokenChoice
+from moetk.settings import check_number
 
 
 class SwitchRouter(LinearRouter):
@@ -45,10 +45,7 @@ class SwitchRouter(LinearRouter):
             tie=tie,
         )
         expert_capacity(1, top_k, num_experts, capacity_factor)
-        if not 0 <= jitter < 1:
-            raise RouterConfigError(
-                f"{type(self).__name__}: jitter={jitter}; need 0 <= jitter < 1."
-            )
+        check_number(type(self).__name__, "jitter", jitter, least=0, below=1)
         self.capacity_factor, self.jitter = capacity_factor, jitter
 
     def forward(self, x_TH: Tensor, ctx: RouterContext) -> TokenChoice:

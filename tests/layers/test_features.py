@@ -12,6 +12,7 @@ import torch
 import moetk
 from moetk.equivalence.judge import relative_error
 from moetk.errors import MissingContextError
+from moetk.layers.replace import replacement_of
 from moetk.losses import hf_load_balancing
 from tests.layers.limits import able, balancing_loss, inputs_embeds
 from tests.layers.stock import (
@@ -31,20 +32,18 @@ kinds = pytest.mark.parametrize("reentrant", [False, True], ids=["non_reentrant"
 @pytest.mark.parametrize("family", able(balancing_loss))
 @pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
 def test_balancing_loss(family: str, masked: bool) -> None:
-    """transformers' own loss, from our router's logits: value, gradient, and from our records."""
+    """transformers' own loss, from our router's logits: its value, and what it adds to gradients."""
     model = stock(family)
-    ours = replaced(model)
     mask = torch.ones_like(ids())
     if masked:
         mask[1, -3:] = 0  # on the right, where eager attention stays finite in float64
-    runs = []
-    for one in (model, ours):
+    found = []
+    for one in (replaced(model), model):
         out = one(input_ids=ids(), labels=ids(), attention_mask=mask, output_router_logits=True)
         out.loss.backward()
-        runs.append({"loss": out.loss, "aux": out.aux_loss, **gradients(one)})
-        logits = dict(zip("abcdefgh", out.router_logits, strict=False))
-        runs[-1].update(logits)
-    assert_equal(runs[1], runs[0])
+        logits = {f"router_logits.{n}": tensor for n, tensor in enumerate(out.router_logits)}
+        found.append({"loss": out.loss, "aux": out.aux_loss, **logits, **gradients(one)})
+    assert_equal(*found)
 
 
 def test_balancing_loss_from_records() -> None:
@@ -100,6 +99,18 @@ def test_generate(family: str, experts: str) -> None:
     assert relative_error(torch.stack(got.logits), torch.stack(want.logits)) < 1e-5
 
 
+def moetk_parts(model: Any) -> set[str]:
+    """Every trace in a model: attributes, classes and hooks."""
+    found = set()
+    for name, module in model.named_modules():
+        found |= {f"{name}.{key}" for key in vars(module) if "moetk" in key}
+        if any("moetk" in cls.__module__ for cls in type(module).__mro__):
+            found.add(f"{name}: {type(module)}")
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            found |= {f"{name}: {type(hook)}" for hook in hooks.values() if "moetk" in repr(hook)}
+    return found
+
+
 @families
 def test_deepcopy(family: str) -> None:
     model = stock(family)
@@ -111,7 +122,7 @@ def test_deepcopy(family: str) -> None:
     # The copies live apart: one's restore leaves the other replaced.
     twin_parts = moetk_parts(twin)
     assert twin_parts == moetk_parts(ours)
-    replacement_in(twin).restore()
+    replacement_of(twin).restore()
     assert not moetk_parts(twin)
     assert_equal(step(twin), want)
     assert moetk_parts(ours) == twin_parts
@@ -128,27 +139,9 @@ def test_pickle(family: str) -> None:
     twin = pickle.loads(pickle.dumps(ours))
     assert [type(m) for m in twin.modules()] == [type(m) for m in ours.modules()]
     assert_equal(step(twin), step(model))
-    replacement_in(twin).restore()
+    replacement_of(twin).restore()
     assert not moetk_parts(twin)
     assert_equal(step(twin), step(model))
-
-
-def replacement_in(model: Any) -> Any:
-    from moetk.layers.replace import replacement_of
-
-    return replacement_of(model)
-
-
-def moetk_parts(model: Any) -> set[str]:
-    """Every trace in a model: attributes, classes and hooks."""
-    found = set()
-    for name, module in model.named_modules():
-        found |= {f"{name}.{key}" for key in vars(module) if "moetk" in key}
-        if any("moetk" in cls.__module__ for cls in type(module).__mro__):
-            found.add(f"{name}: {type(module)}")
-        for hooks in (module._forward_pre_hooks, module._forward_hooks):
-            found |= {f"{name}: {type(hook)}" for hook in hooks.values() if "moetk" in repr(hook)}
-    return found
 
 
 @families

@@ -32,7 +32,7 @@ kinds = pytest.mark.parametrize("reentrant", [False, True], ids=["non_reentrant"
 @pytest.mark.parametrize("family", able(balancing_loss))
 @pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
 def test_balancing_loss(family: str, masked: bool) -> None:
-    """transformers' own loss, from our router's logits: its value, and what it adds to gradients."""
+    """transformers' own loss, from our router's logits: value, logits and every gradient."""
     model = stock(family)
     mask = torch.ones_like(ids())
     if masked:

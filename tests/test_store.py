@@ -65,6 +65,10 @@ def test_what_a_damaged_line_is_called():
         (b'{"a":1,"sha256":"00"}', "differs from its checksum"),
         (b"\xff\xfe", "not JSON"),
         (b"[1]", "carries no sha256"),
+        (b'{"a":NaN,"sha256":"00"}', "not JSON"),
+        (b'{"a":1e999,"sha256":"00"}', "not JSON"),
+        (b'{"a":"\\udce9","sha256":"00"}', "differs from its checksum"),
+        (b"[" * 100_000, "not JSON"),
     ):
         with pytest.raises(ShardCorruptError, match=words):
             unseal(line, "results.jsonl, line 3,")
@@ -76,6 +80,17 @@ def test_equal_values_have_one_text_and_nan_has_none():
     )
     with pytest.raises(ValueError, match="not JSON compliant"):
         canonical(float("nan"))
+
+
+def test_any_text_fits_into_a_row(tmp_path):
+    row = {"error": "cannot open 'caf\udce9'", "\ud800": "é"}
+    RowFile(tmp_path / "rows").append(row)
+    assert read_rows(tmp_path / "rows") == ([row], b"")
+
+
+def test_a_value_with_a_seal_of_its_own_is_refused():
+    with pytest.raises(ValueError, match="a 'sha256' of its own, 'x'; rename"):
+        seal({"sha256": "x"})
 
 
 def test_checksum_of_a_file(tmp_path):

@@ -27,17 +27,21 @@ def sha256_file(path: Path) -> str:
 def canonical(value: Any) -> bytes:
     """JSON with sorted keys and no spaces: equal values give equal bytes.
 
-    Raises ValueError on NaN and infinity, which JSON has no word for, and TypeError on anything
-    that is not a dict, list, tuple, string, number, bool or None.
+    ASCII alone, so that any string fits, a lone surrogate too. Raises ValueError on NaN and
+    infinity, which JSON has no word for, and TypeError on anything that is not a dict, list, tuple,
+    string, number, bool or None.
     """
-    text = json.dumps(
-        value, sort_keys=True, separators=(",", ":"), allow_nan=False, ensure_ascii=False
-    )
-    return text.encode()
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return text.encode("ascii")
 
 
 def seal(value: Mapping[str, Any]) -> bytes:
-    """One line of JSON that carries the checksum of its own content under "sha256"."""
+    """One line of JSON that carries the checksum of its own content under "sha256".
+
+    Raises ValueError for a value that has such a key itself, and as canonical does.
+    """
+    if SEAL in value:
+        raise ValueError(f"The value has a {SEAL!r} of its own, {value[SEAL]!r}; rename that key.")
     return canonical({**value, SEAL: sha256(canonical(dict(value)))}) + b"\n"
 
 
@@ -48,14 +52,14 @@ def unseal(line: bytes, source: str) -> dict[str, Any]:
     """
     try:
         value = json.loads(line)
-    except ValueError as error:
+        if not isinstance(value, dict) or SEAL not in value:
+            raise ShardCorruptError(f"{source} carries no {SEAL}: it was not written by moetk.")
+        written = value.pop(SEAL)
+        found = sha256(canonical(value))
+    except (ValueError, RecursionError) as error:  # NaN, or brackets without end, are no JSON here
         raise ShardCorruptError(
             f"{source} is not JSON ({error}): it was cut short or edited."
         ) from None
-    if not isinstance(value, dict) or SEAL not in value:
-        raise ShardCorruptError(f"{source} carries no {SEAL}: it was not written by moetk.")
-    written = value.pop(SEAL)
-    found = sha256(canonical(value))
     if written != found:
         raise ShardCorruptError(
             f"{source} differs from its checksum (written {str(written)[:9]}, found {found[:9]}): "

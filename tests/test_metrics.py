@@ -106,6 +106,10 @@ def test_drops_are_over_what_unmasked_tokens_wanted():
     assert metrics.drop_fraction(routing, masked(1, 0, 0)).item() == pytest.approx(1 / 2)
     assert metrics.drop_fraction(routing, masked(0, 0, 0)) == 0
     assert metrics.drop_fraction(tokens([[0], [1]], 2)) == 0
+    assert metrics.drop_fraction(experts([[0, 1], [1, -1]], 4)) == 0
+    assert metrics.drop_fraction(SoftChoice(torch.ones(1, 2, 2), torch.ones(1, 2, 2), 2)) == 0
+    nothing = TokenChoice(ids([]).view(0, 2), torch.zeros(0, 2), 3)
+    assert metrics.drop_fraction(nothing) == 0
     assert metrics.unserved_fraction(routing).item() == pytest.approx(2 / 3)
     assert metrics.unserved_fraction(routing, masked(1, 1, 0)).item() == pytest.approx(1 / 2)
 

@@ -20,6 +20,7 @@ from moetk.errors import (
     UnexpectedTensorError,
     UnsupportedRoutingError,
 )
+from moetk.kernels.counting import count_choices, mask_of
 from moetk.routing import Routing, TokenChoice
 from moetk.settings import check_number
 
@@ -80,18 +81,16 @@ class BiasUpdate:
     def observe(self, routing: Routing, ctx: RouterContext) -> Tensor:
         """(E,) int64: how many choices of unmasked tokens name each expert, dropped ones too.
 
-        Raises UnsupportedRoutingError unless tokens choose.
+        Raises UnsupportedRoutingError unless tokens choose, MoeShapeError when ctx.token_mask is
+        not (T,).
         """
         if not isinstance(routing, TokenChoice):
             raise UnsupportedRoutingError(
                 f"BiasUpdate counts what tokens chose, and this {type(routing).__name__} is "
                 "balanced by construction. Leave the controller out."
             )
-        used_TK = routing.experts_TK >= 0
-        if ctx.token_mask is not None:
-            used_TK = used_TK & ctx.token_mask[:, None]
-        ids_N = routing.experts_TK.clamp(min=0).flatten()
-        return ids_N.new_zeros(routing.num_experts).scatter_add(0, ids_N, used_TK.flatten().long())
+        unmasked_T = mask_of(ctx, routing.experts_TK.shape[0])
+        return count_choices(routing.experts_TK, routing.num_experts, unmasked_T)[0]
 
     @torch.no_grad()
     def step(self, observed: Tensor) -> None:

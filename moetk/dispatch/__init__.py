@@ -1,6 +1,6 @@
 """Dispatch: bringing tokens to their experts and back, and what does not fit on the way."""
 
-from moetk.dispatch.capacity import Capacity, by_weight, dropped, dropped_fraction, first_come
+from moetk.dispatch.capacity import Capacity, by_weight, dropped, first_come
 from moetk.dispatch.dispatcher import Dispatcher
 from moetk.dispatch.local import Local
 
@@ -10,6 +10,5 @@ __all__ = [
     "Local",
     "by_weight",
     "dropped",
-    "dropped_fraction",
     "first_come",
 ]

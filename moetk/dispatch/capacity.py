@@ -10,6 +10,7 @@ from torch import Tensor
 
 from moetk.context import RouterContext
 from moetk.errors import UnsupportedRoutingError
+from moetk.kernels.counting import mask_of, used_choices
 from moetk.kernels.selection import expert_capacity, within_capacity
 from moetk.routing import Routing, TokenChoice
 
@@ -66,26 +67,15 @@ def dropped(routing: Routing, ctx: RouterContext | None = None) -> Tensor:
     """How many choices were wanted and not kept: int64 scalar on the routing's device, no wait.
 
     Unused slots (-1) were not wanted. Padding takes no place under a capacity; give its ctx, so
-    that it does not count as dropped. 0 for the kinds of routing that drop nothing.
+    that it does not count as dropped. 0 for the kinds of routing that drop nothing. Their share of
+    what was wanted is `moetk.metrics.drop_fraction`.
+
+    Raises MoeShapeError when ctx.token_mask is not (T,).
     """
-    return _wanted_and_dropped(routing, ctx)[1]
-
-
-def dropped_fraction(routing: Routing, ctx: RouterContext | None = None) -> Tensor:
-    """`dropped` over what was wanted: float32 scalar on the device; 0 where nothing was wanted."""
-    wanted, lost = _wanted_and_dropped(routing, ctx)
-    return lost.float() / wanted.clamp(min=1)
-
-
-def _wanted_and_dropped(routing: Routing, ctx: RouterContext | None) -> tuple[Tensor, Tensor]:
     if not isinstance(routing, TokenChoice):
         device = next(t.device for t in vars(routing).values() if isinstance(t, Tensor))
-        nothing = torch.zeros((), dtype=torch.int64, device=device)
-        return nothing, nothing
-    wanted_TK = routing.experts_TK >= 0
-    if ctx is not None and ctx.token_mask is not None:
-        wanted_TK = wanted_TK & ctx.token_mask[:, None]
-    wanted = wanted_TK.sum()
-    if routing.kept_TK is None:
-        return wanted, torch.zeros_like(wanted)
-    return wanted, (wanted_TK & ~routing.kept_TK).sum()
+        return torch.zeros((), dtype=torch.int64, device=device)
+    unmasked_T = None if ctx is None else mask_of(ctx, routing.experts_TK.shape[0])
+    wanted_TK = used_choices(routing.experts_TK, unmasked_T)
+    lost_TK = torch.zeros_like(wanted_TK) if routing.kept_TK is None else ~routing.kept_TK
+    return (wanted_TK & lost_TK).sum()

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from moetk.context import RouterContext
 from moetk.errors import MoeShapeError, ReplayError, RouterConfigError
+from moetk.kernels.counting import mask_of, used_choices
 from moetk.settings import is_number
 
 Tie: TypeAlias = Literal["low", "stock"]
@@ -193,6 +194,7 @@ def within_capacity(
     2106.05974). Unused slots (-1) and padding (ctx.token_mask) take no place and are not kept.
 
     Places are ranks in a stable sort: a topk over the 0/1 mask would not serve the first comers.
+    Raises MoeShapeError when ctx.token_mask is not (T,) or ctx.batch_shape not of T tokens.
     """
     (num_tokens, k), device = experts_TK.shape, experts_TK.device
     batch, length = sequences(ctx, num_tokens)
@@ -200,9 +202,7 @@ def within_capacity(
 
     token_T = torch.arange(num_tokens, device=device)
     sequence_T1 = (token_T // max(length, 1))[:, None]
-    wanted_TK = experts_TK >= 0
-    if ctx.token_mask is not None:
-        wanted_TK = wanted_TK & ctx.token_mask[:, None]
+    wanted_TK = used_choices(experts_TK, mask_of(ctx, num_tokens))
     queues = batch * num_experts  # one for each expert of each sequence, and one of no interest
     queue_N = torch.where(wanted_TK, sequence_T1 * num_experts + experts_TK, queues).flatten()
 
@@ -226,7 +226,8 @@ def top_tokens(
     C = B * min(S, ceil(k * S / E)). Padding (ctx.token_mask) is never taken; a place that finds no
     token is -1 with weight 0. A packed batch is one sequence.
 
-    Raises ReplayError under a replay, which holds experts of tokens, not tokens of experts.
+    Raises ReplayError under a replay, which holds experts of tokens, not tokens of experts;
+    MoeShapeError when ctx.token_mask is not (T,) or ctx.batch_shape not of T tokens.
     """
     if ctx.replay is not None:
         raise ReplayError(
@@ -237,17 +238,17 @@ def top_tokens(
     batch, length = sequences(ctx, num_tokens)
     capacity = min(length, expert_capacity(length, k, num_experts, 1.0))
     scores_BES = scores_TE.reshape(batch, length, num_experts).transpose(1, 2)
-    choice_BES = scores_BES
-    if ctx.token_mask is not None:
-        padding_B1S = ~ctx.token_mask.view(batch, 1, length)
+    choice_BES, mask_T = scores_BES, mask_of(ctx, num_tokens)
+    if mask_T is not None:
+        padding_B1S = ~mask_T.view(batch, 1, length)
         choice_BES = scores_BES.masked_fill(padding_B1S, -math.inf)
     position_RC = largest(choice_BES.flatten(0, 1), capacity, tie)  # R rows, one an expert
     position_BEC = position_RC.view(batch, num_experts, capacity)
     weights_BEC = scores_BES.gather(2, position_BEC)
     first_B11 = length * torch.arange(batch, device=scores_TE.device)[:, None, None]
     tokens_BEC = position_BEC + first_B11
-    if ctx.token_mask is not None:
-        empty_BEC = ~ctx.token_mask[tokens_BEC]
+    if mask_T is not None:
+        empty_BEC = ~mask_T[tokens_BEC]
         tokens_BEC = tokens_BEC.masked_fill(empty_BEC, -1)
         weights_BEC = weights_BEC.masked_fill(empty_BEC, 0)
     return tokens_BEC.transpose(0, 1).flatten(1), weights_BEC.transpose(0, 1).flatten(1)

@@ -13,14 +13,8 @@ from torch import Tensor
 
 from moetk.context import RouterContext
 from moetk.errors import MoeShapeError, RouterConfigError
-from moetk.losses.counted import (
-    Sequences,
-    as_token_choice,
-    check_coefficient,
-    count_choices,
-    counted_tokens,
-    mean_over,
-)
+from moetk.kernels.counting import Sequences, check_length, count_choices
+from moetk.losses.counted import as_token_choice, check_coefficient, counted_tokens, mean_over
 from moetk.routing import Routing, need
 
 Scope: TypeAlias = Literal["micro_batch", "sequence", "global_batch"]
@@ -47,11 +41,13 @@ def load_balancing(
     (R, E) fp32 counts over ranks; P stays local, and the mean of the ranks' losses, weighed by
     their counted tokens, is the loss of the concatenated batch.
 
+    Raises MoeShapeError when counted_T or a tensor of sequences is not (T,), or T tokens are not
+    that many sequences of one length.
     Sources: arXiv 2101.03961 equations 4-6 (K = 1); 2401.06066 equations 12-14 (K > 1);
     2412.19437 equations 17-20 (sequences); 2501.11873 (ranks).
     """
     num_tokens, num_experts = scores_TE.shape
-    counts_RE = count_choices(experts_TK, num_experts, counted_T, sequences)
+    counts_RE = count_choices(experts_TK, num_experts, counted_T, sequences).float()
     if reduce is not None:
         counts_RE = reduce(counts_RE)
     shares_RE = counts_RE / counts_RE.sum(-1, keepdim=True).clamp(min=1)
@@ -173,10 +169,7 @@ def sequences_of(ctx: RouterContext, num_tokens: int, loss: object) -> Sequences
     Raises MissingContextError without either, MoeShapeError where they are not of T tokens.
     """
     if ctx.sequence_ids is not None:
-        if tuple(ctx.sequence_ids.shape) != (num_tokens,):
-            raise MoeShapeError(
-                f"ctx.sequence_ids is {tuple(ctx.sequence_ids.shape)}, expected (T={num_tokens},)."
-            )
+        check_length("ctx.sequence_ids", ctx.sequence_ids, num_tokens)
         return ctx.sequence_ids
     shape: tuple[int, int] = cast(Any, ctx.require("batch_shape", loss))
     batch, length = shape

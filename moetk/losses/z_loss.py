@@ -18,7 +18,7 @@ def router_z(logits_TE: Tensor, counted_T: Tensor | None = None) -> Tensor:
     """mean_t (log sum_e exp logits_te)^2, a fp32 scalar; (ln E)^2 at zero logits.
 
     Its gradient is 2 * logsumexp_t * softmax(logits_t) / T. logits_TE: floating. counted_T: bool,
-    None = all. arXiv 2202.08906, equation 5.
+    None = all; raises MoeShapeError when it is not (T,). arXiv 2202.08906, equation 5.
     """
     return mean_over(logits_TE.float().logsumexp(-1).square(), counted_T)
 

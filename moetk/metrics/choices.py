@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from moetk.context import RouterContext
+from moetk.dispatch import dropped
 from moetk.errors import MoeShapeError, UnsupportedRoutingError
+from moetk.kernels.counting import mask_of, used_choices
 from moetk.routing import ExpertChoice, Routing, TokenChoice
 
 
@@ -45,22 +47,17 @@ def chosen_mask(routing: Routing) -> Tensor:
 
 def unmasked_tokens(routing: Routing, ctx: RouterContext | None) -> Tensor | None:
     """(T,) bool, ctx.token_mask; None = all. Raises MoeShapeError when it is not (T,)."""
-    mask_T = None if ctx is None else ctx.token_mask
-    if mask_T is not None and tuple(mask_T.shape) != (_num_tokens(routing),):
-        raise MoeShapeError(
-            f"ctx.token_mask is {tuple(mask_T.shape)}, expected (T={_num_tokens(routing)},)."
-        )
-    return mask_T
+    return None if ctx is None else mask_of(ctx, _num_tokens(routing))
 
 
-def drop_fraction(routing: TokenChoice, ctx: RouterContext | None = None) -> Tensor:
-    """Dropped choices over wanted choices of unmasked tokens, fp32; 0 where nothing was wanted."""
-    wanted_TK = routing.experts_TK >= 0
-    unmasked_T = unmasked_tokens(routing, ctx)
-    if unmasked_T is not None:
-        wanted_TK = wanted_TK & unmasked_T[:, None]
-    kept_TK = wanted_TK if routing.kept_TK is None else wanted_TK & routing.kept_TK
-    return 1 - _ratio(kept_TK, wanted_TK, empty=1)
+def drop_fraction(routing: Routing, ctx: RouterContext | None = None) -> Tensor:
+    """Dropped choices over wanted choices of unmasked tokens, fp32; 0 where nothing was wanted, and
+    for the kinds of routing that drop nothing."""
+    lost = dropped(routing, ctx)
+    if not isinstance(routing, TokenChoice):
+        return lost.float()
+    wanted = used_choices(routing.experts_TK, unmasked_tokens(routing, ctx)).sum()
+    return lost.float() / wanted.clamp(min=1)
 
 
 def unserved_fraction(routing: Routing, ctx: RouterContext | None = None) -> Tensor:

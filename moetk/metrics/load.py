@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from moetk.context import RouterContext
+from moetk.kernels.counting import count_choices
 from moetk.metrics.choices import chosen, unmasked_tokens
 from moetk.routing import Routing
 
@@ -23,12 +24,10 @@ def tokens_per_expert(routing: Routing, ctx: RouterContext | None = None) -> Ten
     for a SoftChoice, which uses every expert for every token.
     """
     experts_N, tokens_N = chosen(routing)
-    ones_N = (experts_N >= 0) & (tokens_N >= 0)
-    unmasked_T = unmasked_tokens(routing, ctx)
+    counted_N, unmasked_T = tokens_N >= 0, unmasked_tokens(routing, ctx)
     if unmasked_T is not None:
-        ones_N = ones_N & unmasked_T[tokens_N.clamp(min=0)]
-    counts_E = experts_N.new_zeros(routing.num_experts)
-    return counts_E.scatter_add(0, experts_N.clamp(min=0), ones_N.long())
+        counted_N = counted_N & unmasked_T[tokens_N.clamp(min=0)]
+    return count_choices(experts_N[:, None], routing.num_experts, counted_N)[0]
 
 
 def max_violation(counts_E: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ from torch.nn.functional import normalize
 
 from moetk.context import RouterContext
 from moetk.errors import MoeShapeError, ReplayError
+from moetk.kernels.counting import mask_of
 from moetk.kernels.selection import sequences
 from moetk.routing import SoftChoice
 from moetk.settings import check_whole
@@ -47,7 +48,7 @@ class SoftMoERouter(nn.Module):
         dtype = torch.promote_types(x_TH.dtype, torch.float32)
         x_BSH = normalize(x_TH.to(dtype), dim=-1).view(batch, length, x_TH.shape[1])
         logits_BSP = x_BSH @ (self.scale * normalize(self.phi_PH.to(dtype), dim=-1)).T
-        dispatch_BSP = _softmax_over_tokens(logits_BSP, ctx.token_mask)
+        dispatch_BSP = _softmax_over_tokens(logits_BSP, mask_of(ctx, len(x_TH)))
         return SoftChoice(dispatch_BSP, logits_BSP.softmax(2), self.num_experts)
 
 

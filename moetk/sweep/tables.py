@@ -30,16 +30,22 @@ def settings_of(cls: type[S], raw: Any, where: str) -> S:
 
 
 def value_of(kind: Any, value: Any, where: str) -> Any:
-    """`value` as a str, int, float or tuple of ints; TOML's 1 is a fine float, its true no int."""
+    """`value` as a str, bool, int, float or tuple of ints; TOML's 1 is a fine float, its true no
+    int."""
     if kind is float and type(value) is int:
         return float(value)
-    if kind in (int, str) and type(value) is kind:
+    if kind in (int, str, bool) and type(value) is kind:
         return value
     if kind is float and type(value) is float and math.isfinite(value):
         return value
     if kind == tuple[int, ...] and isinstance(value, list):
         return tuple(value_of(int, item, where) for item in value)
-    words = {int: "a whole number", float: "a finite number", str: "a string"}
+    words = {
+        int: "a whole number",
+        float: "a finite number",
+        str: "a string",
+        bool: "true or false",
+    }
     raise ConfigError(
         f"{where} is {value!r}; {words.get(kind, 'a list of whole numbers')} is needed."
     )

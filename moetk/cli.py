@@ -62,7 +62,12 @@ def sweep(
     rows = run_sweep(config, root, workers=workers, retry=retry or (), watch=watch_for(console))
     bad = [row for row in rows if row["result"]["status"] != "ok"]
     if bad:
-        console.print(f"{len(bad)} of {len(rows)} cells did not end well.", soft_wrap=True)
+        again = " ".join(f"--retry {s}" for s in sorted({r["result"]["status"] for r in bad}))
+        console.print(
+            f"{len(bad)} of {len(rows)} cells did not end well; {again} runs them again.",
+            soft_wrap=True,
+            highlight=False,
+        )
     console.print(f"moetk report {root}", soft_wrap=True, markup=False)
     raise typer.Exit(1 if bad else 0)
 

@@ -19,7 +19,7 @@ from moetk.sweep.child import serve
 
 def describe(job):
     code = {"moetk": {"a.py": "1"}, "modules": {}, "versions": {"python": "3"}}
-    return {"data": {"kind": "fake", "sha256": "d"}, "code": code}
+    return {"data": {"kind": "fake", "sha256": "d"}, "code": code, "places": {"mine": "where/mine.py"}}
 
 def run(job, send):
     settings, seed = job["settings"], job["seed"]
@@ -73,7 +73,8 @@ def test_a_sweep_and_its_report(moetk, tmp_path):
     (tmp_path / "toy.toml").write_text(TOML.replace("ROUTER", "mine:router"))
     code, out, _ = moetk("sweep", "toy.toml", "--workers", 2)
     assert code == 0, out
-    assert f"Runs your code from {tmp_path}: mine:router." in out and "0/4 cells done" in out
+    assert f"Runs your code: mine:router; {tmp_path} is searched first." in out
+    assert "Found mine in where/mine.py." in out and "0/4 cells done" in out
     assert "held-out loss 5.000 -> 2.000, MaxVio 0.25" in out
     assert out.splitlines()[-1] == "moetk report runs/toy"
     code, out, _ = moetk("sweep", "toy.toml")
@@ -89,7 +90,7 @@ def test_a_sweep_and_its_report(moetk, tmp_path):
 def test_cells_that_failed_are_exit_code_1(moetk, tmp_path):
     (tmp_path / "toy.toml").write_text(TOML.replace("ROUTER", "bad"))
     code, out, _ = moetk("sweep", "toy.toml", "--out", "there")
-    assert code == 1 and "2 of 4 cells did not end well." in out
+    assert code == 1 and "2 of 4 cells did not end well; --retry failed runs them again." in out
     assert "b/0 failed" in out and "RuntimeError: broken [on] purpose" in out
     code, out, _ = moetk("sweep", "toy.toml", "--out", "there", "--retry", "failed")
     assert code == 1 and "2/4 cells done" in out

@@ -156,12 +156,16 @@ def test_a_key_covers_what_a_result_depends_on_and_no_more(raw):
         assert not set(keys(world=world).values()) & set(base.values())
 
 
-def test_code_that_a_key_covers():
-    code = WORLD.code
-    assert WORLD.covers(code) and WORLD.covers({**code, "modules": {}})
-    assert not WORLD.covers({**code, "modules": {"late.py": "1"}})
-    assert not WORLD.covers({**code, "modules": {"m.py": "other"}})
-    assert not WORLD.covers({**code, "moetk": {}})
+def test_code_and_data_that_a_key_covers():
+    def differences(data=WORLD.data, **code):
+        return WORLD.differences(data, {**WORLD.code, **code})
+
+    assert differences() == differences(modules={}) == []
+    assert differences(modules={"late.py": "1"}) == ["code.modules late.py nothing -> 1"]
+    assert differences(modules={"m.py": "other"}) == ["code.modules m.py 2 -> other"]
+    assert differences(moetk={}) == ["code.moetk a.py 1 -> nothing"]
+    assert differences(versions={"torch": "3"}) == ["code.versions torch nothing -> 3"]
+    assert differences({"sha256": "e"}) == ["data sha256 d -> e"]
 
 
 def test_differences_read_as_a_person_would_say_them(raw):

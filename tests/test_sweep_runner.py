@@ -11,7 +11,13 @@ from functools import partial
 
 import pytest
 
-from moetk.errors import ConfigError, ShardCorruptError, SweepLockedError, SweepMismatchError
+from moetk.errors import (
+    ConfigError,
+    SaveFailedError,
+    ShardCorruptError,
+    SweepLockedError,
+    SweepMismatchError,
+)
 from moetk.io import FileLock
 from moetk.sweep import load_config, read_sweep, run_sweep, store
 from moetk.sweep.watch import Silent
@@ -20,6 +26,7 @@ from moetk.sweep.watch import Silent
 CELL = """
 import os, sys, time
 from pathlib import Path
+from moetk.errors import SaveFailedError, SweepMismatchError
 from moetk.sweep.child import serve
 
 def describe(job):
@@ -27,7 +34,7 @@ def describe(job):
         if settings["arm"]["router"]["name"] == "unknown":
             raise ValueError("no such router")
     code = {"moetk": {"a.py": "1"}, "modules": {}, "versions": {"python": "3"}}
-    return {"data": {"kind": "fake", "sha256": "d"}, "code": code}
+    return {"data": {"kind": "fake", "sha256": "d"}, "code": code, "places": {}}
 
 def run(job, send):
     settings, seed = job["settings"], job["seed"]
@@ -36,19 +43,25 @@ def run(job, send):
         log.write(settings["arm"]["name"] + "/" + str(seed) + "\\n")
     print("said on stdout")
     send({"step": 1, "steps": settings["steps"], "loss": 1.0})
-    time.sleep(args.get("sleep", 0))
-    if seed == args.get("crash"):
-        raise RuntimeError("broken on purpose")
-    if seed == args.get("die"):
-        os.abort()
     helper = os.fork() if seed == args.get("helper") else None
     if helper == 0:
         time.sleep(600)
+    time.sleep(args.get("sleep", 0))
+    if seed == args.get("crash"):
+        raise RuntimeError("broken on \\udce9 purpose")
+    if seed == args.get("stale") and Path(args["edited"]).exists():
+        raise SweepMismatchError("edited")
+    if seed == args.get("full"):
+        raise SaveFailedError(28, "no room")
+    if seed == args.get("die"):
+        os.abort()
     diverged = seed == args.get("diverge")
     result = {"status": "diverged" if diverged else "ok", "loss": seed + settings["train"]["lr"]}
     return {"key": job["key"], "arm": settings["arm"]["name"], "seed": seed, "config": settings,
             "data": job["data"], "code": {}, "result": result, "run": {"pid": os.getpid()}}
 
+# What a user's code that finds the pipe may write on it.
+os.write(1, b"junk\\n[1]\\n\\xff\\n" + b"[" * 100_000 + b'\\n{"step": 1}\\n')
 serve(describe, run)
 """
 RUNNER = """
@@ -87,6 +100,13 @@ class Sweep:
         config = load_config(path or self.folder / "sweep.toml")
         return run_sweep(
             config, root or self.root, **{"workers": 2, "command": self.command, **options}
+        )
+
+    def start(self, path):
+        """The same in a process of its own, to be killed."""
+        return subprocess.Popen(
+            [sys.executable, "-c", RUNNER, str(path), str(self.root), str(self.cell)],
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
         )
 
     @property
@@ -130,7 +150,7 @@ def test_a_bad_cell_is_a_row_and_hurts_no_other(sweep):
         ("c", 0): "diverged",
         ("c", 1): "ok",
     }
-    assert found["b", 0]["error"] == "RuntimeError: broken on purpose"
+    assert found["b", 0]["error"] == "RuntimeError: broken on \\udce9 purpose"
     assert "killed by SIGABRT" in found["b", 1]["error"]
     before = sweep.ran
     assert sweep.run() == rows and sweep.ran == before  # only on request
@@ -141,14 +161,85 @@ def test_a_bad_cell_is_a_row_and_hurts_no_other(sweep):
 
 
 def test_a_cell_out_of_time_is_killed_with_its_helpers(sweep):
-    sweep.write({"a": {"sleep": 60}, "b": {"helper": 0}}, seeds=[0], timeout=2)
+    sweep.write({"a": {"sleep": 60, "helper": 0}}, seeds=[0], timeout=2)
     started = time.monotonic()
     rows = sweep.run()
     assert time.monotonic() - started < 30
-    # b's helper holds the pipe open: that too ends at the timeout, and b's result stands.
-    assert statuses(rows) == {("a", 0): "timeout", ("b", 0): "ok"}
+    assert statuses(rows) == {("a", 0): "timeout"}
     assert results(rows)["a", 0]["error"].startswith("ran past [sweep] timeout = 2 s")
     FileLock(sweep.root / "lock", patience=2).release()
+
+
+def test_a_finished_or_dead_cell_is_not_waited_for_because_of_its_helpers(sweep):
+    # The helpers sleep for ten minutes and hold the pipe and the lock.
+    sweep.write({"a": {"helper": 0}, "b": {"helper": 0, "die": 0}}, seeds=[0], timeout=500)
+    started = time.monotonic()
+    assert statuses(sweep.run()) == {("a", 0): "ok", ("b", 0): "failed"}
+    assert time.monotonic() - started < 60
+    FileLock(sweep.root / "lock", patience=2).release()
+
+
+def test_helpers_end_with_a_killed_runner(sweep):
+    path = sweep.write({"a": {"helper": 0, "sleep": 600}}, seeds=[0], timeout=900)
+    runner = sweep.start(path)
+    deadline = time.monotonic() + 60
+    while not list((sweep.root / "logs").glob("[!d]*")) or not sweep.ran:
+        assert time.monotonic() < deadline and runner.poll() is None
+        time.sleep(0.01)
+    runner.kill()
+    runner.wait()
+    FileLock(sweep.root / "lock", patience=20).release()
+
+
+def test_what_is_not_about_one_cell_ends_the_sweep_and_leaves_no_row(sweep):
+    edited = sweep.folder / "edited"
+    edited.touch()
+    sweep.write({"a": {"stale": 1, "edited": str(edited)}}, seeds=[0, 1, 2])
+    with pytest.raises(SweepMismatchError, match=r"^a/1: edited$"):
+        sweep.run(workers=1)
+    assert statuses(read_sweep(sweep.root)[1]) == {("a", 0): "ok"} and "a/2" not in sweep.ran
+    edited.unlink()
+    assert set(statuses(sweep.run()).values()) == {"ok"}
+    assert sweep.ran == Counter({"a/0": 1, "a/1": 2, "a/2": 1})
+
+
+def test_a_full_disk_ends_the_sweep_with_its_own_words(sweep):
+    sweep.write({"a": {"full": 0}}, seeds=[0])
+    with pytest.raises(SaveFailedError, match=r"^a/0: \[Errno 28\] no room$"):
+        sweep.run()
+    assert read_sweep(sweep.root)[1] == []
+
+
+def test_an_error_is_told_where_no_log_can_be_written(sweep):
+    sweep.write({"a": {"router": "unknown"}})
+    (sweep.root / "logs").mkdir(parents=True)
+    (sweep.root / "logs" / "describe.txt").symlink_to("/dev/full")
+    with pytest.raises(ConfigError, match="ValueError: no such router"):
+        sweep.run()
+
+
+def test_a_folder_that_cannot_be_one(sweep):
+    sweep.write({"a": {}})
+    sweep.root.write_text("a file")
+    for root in (sweep.root, sweep.root / "below"):
+        with pytest.raises(SaveFailedError, match="cannot be a sweep's folder .*; use another"):
+            sweep.run(root=root)
+
+
+def test_time_goes_by_while_the_arms_are_tried(sweep):
+    class Counting(Silent):
+        ticks = began = 0
+
+        def tick(self):
+            self.ticks += 1
+
+        def begin(self, cells, done):
+            self.began = self.ticks
+
+    sweep.write({"a": {}}, seeds=[0])
+    watch = Counting()
+    sweep.run(watch=watch)
+    assert watch.began >= 1
 
 
 def test_a_wrong_name_stops_the_sweep_before_it_starts(sweep):
@@ -219,12 +310,9 @@ def test_a_foreign_or_damaged_cell_is_not_adopted(sweep):
         sweep.run()
 
 
-def test_kill_9_in_the_middle_then_resume(sweep, tmp_path):
+def test_kill_9_in_the_middle_then_resume(sweep):
     path = sweep.write({"a": {"sleep": 0.1}, "b": {"sleep": 0.6}, "c": {"sleep": 1}})
-    runner = subprocess.Popen(
-        [sys.executable, "-c", RUNNER, str(path), str(sweep.root), str(sweep.cell)],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-    )
+    runner = sweep.start(path)
     results_file = sweep.root / "results.jsonl"
     deadline = time.monotonic() + 60
     while not (results_file.exists() and results_file.read_bytes().count(b"\n") >= 2):
@@ -250,7 +338,6 @@ def test_kill_9_in_the_middle_then_resume(sweep, tmp_path):
     }
     assert set(again.values()) == {1}
     assert len(results_file.read_bytes().splitlines()) == 6
-    assert results(rows) == results(sweep.run(root=tmp_path / "uninterrupted"))
 
 
 def test_ctrl_c_kills_the_cells_and_keeps_what_is_done(sweep):

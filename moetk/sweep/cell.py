@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import moetk
-from moetk.errors import SweepMismatchError
+from moetk.errors import ConfigError, SweepMismatchError
 from moetk.sweep.child import Send, serve
 from moetk.sweep.config import CellConfig
 from moetk.sweep.plan import World
@@ -24,26 +24,42 @@ EVENT_EVERY_S = 0.5
 
 
 def describe(job: dict[str, Any]) -> dict[str, Any]:
-    """Build every arm once, and say what data and code its cells stand on."""
+    """Take one short step with every arm, and say what data and code its cells stand on.
+
+    Returns {"data": ..., "code": ..., "places": {a user's module: the file it was found in}}.
+    Raises ConfigError naming the arm that cannot train.
+    """
+    from moetk.sweep.code import source_of
     from moetk.sweep.data import load_corpus
-    from moetk.sweep.train import build_arm
+    from moetk.sweep.train import rehearse
 
     folder = _enter(job)
     cells = [CellConfig.from_settings(settings) for settings in job["cells"]]
+    corpus = load_corpus(cells[0].data)
     for cell in cells:
-        build_arm(cell, seed=0)
-    return {"data": load_corpus(cells[0].data).about, "code": _code(folder, cells)}
+        try:
+            rehearse(cell, corpus)
+        except ConfigError:
+            raise
+        except Exception as error:
+            raise ConfigError(
+                f"[[arm]] {cell.arm.name} cannot train a step: {type(error).__name__}: {error}"
+            ) from error
+    places = {name: str(source_of(sys.modules[name])) for name in sorted(_users_modules(cells))}
+    return {"data": corpus.about, "code": _code(folder, cells), "places": places}
 
 
 def run(job: dict[str, Any], send: Send) -> Row:
     """Train one arm with one seed; returns its row.
 
     Raises SweepMismatchError when code or data are not those of the key: a file was edited while
-    the sweep ran, or a module was imported for the first time after the arms were built.
+    the sweep ran, or a module is imported that describe() did not meet. Asked before training,
+    which would be for nothing, and after it, when all is imported.
     """
     import torch
 
     from moetk.sweep.data import load_corpus
+    from moetk.sweep.parts import import_users
     from moetk.sweep.train import train_arm
 
     start = time.monotonic()
@@ -51,12 +67,10 @@ def run(job: dict[str, Any], send: Send) -> Row:
     world = World(job["data"], job["code"])
     torch.set_num_threads(cell.train.threads)
     corpus = load_corpus(cell.data)
+    import_users(cell.arm)
+    _must_be(world, corpus.about, _code(folder, [cell]))
     result = train_arm(cell, job["seed"], corpus, _Sparingly(send))
-    if corpus.about != world.data or not world.covers(_code(folder, [cell])):
-        raise SweepMismatchError(
-            "code or data changed while the sweep ran, or a module beside the TOML was imported "
-            "late (import it at the top of the module that the TOML names). Start the sweep again."
-        )
+    _must_be(world, corpus.about, _code(folder, [cell]))
     return {
         "key": job["key"],
         "arm": cell.arm.name,
@@ -97,11 +111,26 @@ def _enter(job: dict[str, Any]) -> Path:
     return folder
 
 
+def _must_be(world: World, data: dict[str, Any], code: dict[str, Any]) -> None:
+    lines = world.differences(data, code)
+    if lines:
+        raise SweepMismatchError(
+            f"code or data changed while the sweep ran: {'; '.join(lines[:5])}. The cells that ran "
+            "left no row. Restore the value and start the sweep again to resume, or use another "
+            "--out. (nothing -> a module: it was imported late; import it at the top of the "
+            "module that the TOML names.)"
+        )
+
+
 def _code(folder: Path, cells: list[CellConfig]) -> dict[str, Any]:
     from moetk.sweep.code import running_code
 
+    return running_code(folder, _users_modules(cells))
+
+
+def _users_modules(cells: list[CellConfig]) -> set[str]:
     parts = [part for cell in cells for part in cell.arm.parts if part.is_users]
-    return running_code(folder, {part.name.partition(":")[0] for part in parts})
+    return {part.name.partition(":")[0] for part in parts}
 
 
 def _backend(cell: CellConfig) -> str:

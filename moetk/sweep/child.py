@@ -1,7 +1,8 @@
 """The cell's side of the pipe. Imports nothing heavy: it must be listening before torch loads.
 
 The runner writes one line of JSON to stdin, the job, and keeps the pipe open; when the pipe closes
-the runner is gone and the process ends at once, so that nobody writes behind a resumed sweep.
+the runner is gone and the process ends at once, with the helpers it started, so that nobody writes
+behind a resumed sweep.
 Events go back as lines of JSON. What the job prints goes to stderr, which is the cell's log.
 """
 
@@ -9,16 +10,20 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 import threading
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
+from moetk.errors import SaveFailedError, SweepMismatchError
 from moetk.sweep.store import Row, leave_row
 
 RUNNER_GONE = 75
+STOPS = (SaveFailedError, SweepMismatchError)
 
 Send = Callable[[dict[str, Any]], None]
 Describe = Callable[[dict[str, Any]], dict[str, Any]]
@@ -30,7 +35,8 @@ def serve(describe: Describe, run: Run) -> NoReturn:
 
     {"do": "describe", ...}: describe(job) is sent back as {"described": ...}.
     {"do": "run", "folder": ..., ...}: run(job, send) returns the row, which is left in the folder.
-    An exception is sent back as {"error": ...} and exits with 1; its traceback is in the log.
+    An exception is sent back as {"error": ...} and exits with 1; its traceback is in the log. One
+    of STOPS is {"error": ..., "stop": its name} instead: it is not about this cell alone.
     """
     send = _private_stdout()
     line = sys.stdin.buffer.readline()
@@ -44,8 +50,10 @@ def serve(describe: Describe, run: Run) -> NoReturn:
         else:
             leave_row(Path(job["folder"]), run(job, send))
     except BaseException as error:
-        traceback.print_exc()
-        send({"error": f"{type(error).__name__}: {error}"})
+        stop = {"stop": type(error).__name__} if isinstance(error, STOPS) else {}
+        send({"error": f"{type(error).__name__}: {error}", **stop})
+        with suppress(OSError):  # on a full disk there is no log
+            traceback.print_exc()
         _end(1)
     _end(0)
 
@@ -67,11 +75,14 @@ def _private_stdout() -> Send:
 def _exit_with_runner() -> None:
     while os.read(0, 4096):
         pass
+    if os.getpgrp() == os.getpid():
+        os.killpg(0, signal.SIGKILL)
     os._exit(RUNNER_GONE)
 
 
 def _end(code: int) -> NoReturn:
     # A user's own threads and exit hooks must not keep a finished cell alive.
-    sys.stdout.flush()
-    sys.stderr.flush()
+    with suppress(OSError):
+        sys.stdout.flush()
+        sys.stderr.flush()
     os._exit(code)

@@ -21,12 +21,13 @@ class World:
     data: Mapping[str, Any]
     code: Mapping[str, Any]
 
-    def covers(self, code: Mapping[str, Any]) -> bool:
-        """Whether a process that runs `code` runs this, or less of the user's modules."""
+    def differences(self, data: Mapping[str, Any], code: Mapping[str, Any]) -> list[str]:
+        """What a process that reads `data` and runs `code` has otherwise, one line each. Fewer of
+        the user's modules are no difference: an arm loads its own."""
         known = self.code["modules"]
-        return all(code[part] == self.code[part] for part in ("moetk", "versions")) and all(
-            known.get(name) == checksum for name, checksum in code["modules"].items()
-        )
+        shared = {name: known[name] for name in code["modules"] if name in known}
+        mine = {"data": self.data, "code": {**self.code, "modules": shared}}
+        return changes(mine, {"data": data, "code": code})
 
     def brief(self) -> dict[str, Any]:
         """The code with moetk's files as one checksum: what a row carries."""

@@ -16,6 +16,7 @@ from typing import Any
 import moetk
 
 Event = dict[str, Any]
+STEP = {"step", "steps", "loss"}
 
 
 class CellProcess:
@@ -49,6 +50,8 @@ class CellProcess:
         """
         process, said = self._process, Event()
         assert process.stdin is not None and process.stdout is not None
+        ending = threading.Thread(target=self._end_helpers, daemon=True)
+        ending.start()
         timer = threading.Timer(timeout, self._out_of_time)
         timer.daemon = True
         timer.start()
@@ -58,16 +61,16 @@ class CellProcess:
                 process.stdin.write(json.dumps(job).encode() + b"\n")
                 process.stdin.flush()
             for line in process.stdout:
-                event = json.loads(line)
-                if "step" in event:
+                event = _event(line)
+                if event.keys() >= STEP:
                     on_step(event)
                 else:
                     said.update(event)
-            # Not reaped yet: its number cannot belong to another process when helpers are killed.
-            os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+            ending.join()
         finally:
             timer.cancel()
             self.kill()
+            ending.join()
             process.wait()
             process.stdout.close()
             with contextlib.suppress(BrokenPipeError):
@@ -97,6 +100,21 @@ class CellProcess:
     def _out_of_time(self) -> None:
         self._late.set()
         self.kill()
+
+    def _end_helpers(self) -> None:
+        """Once the cell has ended: its helpers would hold the pipe, and so us, open."""
+        # Not reaped yet: its number cannot belong to another process when they are killed.
+        os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOWAIT)
+        self.kill()
+
+
+def _event(line: bytes) -> Event:
+    """What a line says; nothing when it is no JSON object, which a user's code can write too."""
+    try:
+        event = json.loads(line)
+    except (ValueError, RecursionError):
+        return {}
+    return event if isinstance(event, dict) else {}
 
 
 def _environment(threads: int) -> dict[str, str]:

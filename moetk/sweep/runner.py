@@ -7,14 +7,16 @@ import platform
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, CancelledError, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from moetk.errors import ConfigError
+from moetk.sweep.child import STOPS
 from moetk.sweep.config import Config
 from moetk.sweep.plan import Cell, World, plan_cells
 from moetk.sweep.process import CellProcess, Event
@@ -23,6 +25,8 @@ from moetk.sweep.watch import Silent, Watch
 
 CELL = (sys.executable, "-P", "-m", "moetk.sweep.cell")
 STATUSES = ("failed", "timeout", "diverged")
+
+T = TypeVar("T")
 
 
 def run_sweep(
@@ -42,7 +46,8 @@ def run_sweep(
     command: the program that is a cell; it speaks the protocol of moetk.sweep.child.
 
     A cell that crashes, hangs or diverges becomes a row with that status and hurts no other.
-    Raises ConfigError, SweepMismatchError, SweepLockedError, SaveFailedError.
+    Raises ConfigError, SweepMismatchError, SweepLockedError, SaveFailedError. After a cell met one
+    of STOPS, which would fail the next one too, the sweep ends and that cell has no row.
     """
     watch = watch or Silent()
     workers = workers or max(1, usable_cores() // config.train.threads)
@@ -50,9 +55,9 @@ def run_sweep(
         if store.results.quarantined:
             watch.note(f"An incomplete last row was moved to {store.results.path}.quarantine.")
         _announce(config, watch)
-        watch.note("Building every arm once, to check names and code.")
+        watch.note("Taking one step with every arm, to check names and code.")
         crew = Crew(config, store, command)
-        world = crew.describe()
+        world = _describe(crew, watch)
         cells = plan_cells(config, world)
         store.begin(config, world, cells)
         adopted = store.adopt(cells)
@@ -80,27 +85,46 @@ def usable_cores() -> int:
 def _announce(config: Config, watch: Watch) -> None:
     names = sorted({part.name for arm in config.arms for part in arm.parts if part.is_users})
     if names:
-        watch.note(f"Runs your code from {config.folder}: {', '.join(names)}.")
+        watch.note(f"Runs your code: {', '.join(names)}; {config.folder} is searched first.")
+
+
+def _describe(crew: Crew, watch: Watch) -> World:
+    with _pool(crew, 1) as pool:
+        (future,) = _ended([pool.submit(crew.describe)], watch)
+        world, places = future.result()
+    for module, place in places.items():
+        watch.note(f"Found {module} in {place}.")
+    return world
 
 
 def _run_cells(crew: Crew, cells: Sequence[Cell], world: World, workers: int, watch: Watch) -> None:
+    with _pool(crew, workers) as pool:
+        futures = {pool.submit(crew.run, cell, world, watch): cell for cell in cells}
+        for future in _ended(futures, watch):
+            row = future.result()
+            crew.store.results.append(row)
+            watch.finish(futures[future], row)
+
+
+@contextmanager
+def _pool(crew: Crew, workers: int) -> Iterator[ThreadPoolExecutor]:
+    """Threads that wait for processes; all of both end when anything is raised."""
     with ThreadPoolExecutor(workers) as pool:
-        futures: dict[Future[Row], Cell] = {}
         try:
-            for cell in cells:
-                futures[pool.submit(crew.run, cell, world, watch)] = cell
-            pending = set(futures)
-            while pending:
-                done, pending = wait(pending, timeout=0.5, return_when=FIRST_COMPLETED)
-                for future in done:
-                    row = future.result()
-                    crew.store.results.append(row)
-                    watch.finish(futures[future], row)
-                watch.tick()
+            yield pool
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             crew.stop()
             raise
+
+
+def _ended(futures: Iterable[Future[T]], watch: Watch) -> Iterator[Future[T]]:
+    """Each as it ends; in between, the watch is told twice a second that time goes by."""
+    pending = set(futures)
+    while pending:
+        done, pending = wait(pending, timeout=0.5, return_when=FIRST_COMPLETED)
+        yield from done
+        watch.tick()
 
 
 class Crew:
@@ -112,9 +136,10 @@ class Crew:
         self.lock = threading.Lock()
         self.stopped = False
 
-    def describe(self) -> World:
-        """Ask a cell process for the data and the code; every arm is built there once, so that a
-        wrong name costs seconds, not a night. Raises ConfigError with the cell's own words."""
+    def describe(self) -> tuple[World, dict[str, str]]:
+        """Ask a cell process for the data and the code, and where each of the user's modules lies;
+        every arm takes a step there, so that a wrong name costs seconds, not a night. Raises
+        ConfigError with the cell's own words."""
         job = {
             "do": "describe",
             "cells": [self.config.cell(arm).settings() for arm in self.config.arms],
@@ -123,10 +148,11 @@ class Crew:
         said, error, _ = self._talk(job, log, lambda event: None)
         if "described" not in said:
             raise ConfigError(f"{error.removeprefix('ConfigError: ')} (log: {log})")
-        return World(**said["described"])
+        found = said["described"]
+        return World(found["data"], found["code"]), found["places"]
 
     def run(self, cell: Cell, world: World, watch: Watch) -> Row:
-        """Run one cell to its end, good or bad."""
+        """Run one cell to its end, good or bad. Raises STOPS."""
         self.store.forget(cell)
         job = {
             "do": "run",
@@ -138,7 +164,10 @@ class Crew:
             "code": world.code,
         }
         start = time.monotonic()
-        _, error, late = self._talk(job, self.store.log(cell), partial(watch.step, cell))
+        said, error, late = self._talk(job, self.store.log(cell), partial(watch.step, cell))
+        for stop in STOPS:
+            if said.get("stop") == stop.__name__:
+                raise stop(f"{cell.label}: {error.removeprefix(f'{stop.__name__}: ')}")
         row = self.store.finished(cell)
         if row is not None:
             return row
@@ -184,4 +213,5 @@ class Crew:
             error = f"ran past [sweep] timeout = {sweep.timeout:g} s; raise it or lower steps"
         else:
             error = said.get("error") or process.death()
-        return said, error, process.late
+        # Any text may come from a cell, also one that no file and no terminal can take.
+        return said, error.encode("utf-8", "backslashreplace").decode(), process.late

@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from moetk.errors import ShardCorruptError, SweepLockedError, SweepMismatchError
+from moetk.errors import SaveFailedError, ShardCorruptError, SweepLockedError, SweepMismatchError
 from moetk.io import (
     FileLock,
     Locked,
@@ -43,13 +43,19 @@ class SweepStore:
     def __init__(self, root: Path) -> None:
         """Create or open the folder and take its lock.
 
-        Raises SweepLockedError when another runner, or a cell it left behind, holds it.
+        Raises SweepLockedError when another runner, or a cell it left behind, holds it,
+        SaveFailedError where nothing can be written, and ShardCorruptError on a changed row.
         """
         self.root = root
-        (root / "cells").mkdir(parents=True, exist_ok=True)
-        (root / "logs").mkdir(exist_ok=True)
         try:
+            (root / "cells").mkdir(parents=True, exist_ok=True)
+            (root / "logs").mkdir(exist_ok=True)
             self.lock = FileLock(root / "lock")
+        except OSError as error:
+            raise SaveFailedError(
+                error.errno,
+                f"{root} cannot be a sweep's folder ({error.strerror}); use another --out.",
+            ) from None
         except Locked as locked:
             raise SweepLockedError(
                 f"{root} is being written by process {locked.pid}. Wait for it, stop it, or use "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from statistics import mean
 from typing import Any
 
@@ -24,6 +25,7 @@ from moetk.sweep.parts import arm_controllers, arm_losses, router_factory
 
 VOCABULARY = 256
 WINDOWS = 60
+CAUSAL_SEQUENCES = 8
 
 OnStep = Callable[[dict[str, Any]], None]
 
@@ -77,6 +79,12 @@ def build_arm(config: CellConfig, seed: int) -> tuple[nn.Module, Replacement]:
     return model, replacement
 
 
+def rehearse(config: CellConfig, corpus: Corpus) -> None:
+    """All that a cell does, on one sequence and for one step: what will raise, raises now."""
+    short = replace(config.train, batch_size=1, eval_batches=1)
+    train_arm(replace(config, steps=1, train=short), 0, corpus, lambda event: None)
+
+
 def train_arm(config: CellConfig, seed: int, corpus: Corpus, on_step: OnStep) -> dict[str, Any]:
     """Train the arm; returns `row.result`: losses in nats a byte, balance, drops, causality.
 
@@ -118,7 +126,8 @@ def train_arm(config: CellConfig, seed: int, corpus: Corpus, on_step: OnStep) ->
             on_step({"step": step, "steps": steps, "loss": losses[-1]})
         final = evaluate(model, held_out)
         curve.append((steps, final.pop("loss")))
-        causal = is_causal(model, held_out[0], VOCABULARY)
+        (ids_BS,) = corpus.held_out_batches(1, CAUSAL_SEQUENCES, settings.sequence_length)
+        causal = is_causal(model, ids_BS, VOCABULARY)
     except (Diverged, NonFiniteRoutingError) as error:
         ending: dict[str, Any] = {"status": "diverged", "error": str(error), "final_loss": None}
     else:

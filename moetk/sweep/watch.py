@@ -70,7 +70,8 @@ class Lines:
         self.last = time.monotonic()
         with self.lock:
             running = ", ".join(f"{label} {text}" for label, text in sorted(self.running.items()))
-        self.note(f"{self.done}/{self.cells} cells done; running: {running or 'starting'}")
+        done = f"{self.done}/{self.cells} cells done; " if self.cells else ""
+        self.note(f"{done}running: {running or 'starting'}")
 
     def end(self) -> None: ...
 

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from moetk.context import RouterContext
-from moetk.errors import AuxScaleError, RouterConfigError, TopologyError
-from moetk.layers.carrier import ModelForward
+from moetk.errors import AuxScaleError, MoeShapeError, RouterConfigError, TopologyError
+from moetk.layers.carrier import LossGradient, ModelForward
 from moetk.routing import Routing, keep_fields
 
 Reduce = Callable[[Tensor], Tensor]
@@ -157,8 +157,11 @@ class Attachment:
         self.steered = tuple(Steered(controller, router, where) for controller in controllers)
         self.aux_scale = aux_scale
         self.where = where
-        readers = (*self.losses, *controllers)
-        self.reads = frozenset(name for part in readers for name in getattr(part, "reads", ()))
+        # None = keep every field: a part that does not say what it reads may read anything.
+        said = [getattr(part, "reads", None) for part in (*self.losses, *controllers)]
+        self.reads: frozenset[str] | None = None
+        if None not in said:
+            self.reads = frozenset(name for reads in said for name in reads or ())
 
     def __bool__(self) -> bool:
         return bool(self.losses or self.steered)
@@ -169,23 +172,33 @@ class Attachment:
         """y_TH unchanged, with the losses and counts hanging on its gradient."""
         if not torch.is_grad_enabled() or not y_TH.requires_grad:
             return y_TH
-        routing = keep_fields(routing, self.reads)
+        if self.reads is not None:
+            routing = keep_fields(routing, self.reads)
         total = torch.zeros((), device=y_TH.device)
         for loss in self.losses:
-            total = total + loss(routing, ctx)
+            value = loss(routing, ctx)
+            if not isinstance(value, Tensor) or value.ndim:
+                got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+                raise MoeShapeError(
+                    f"{name_of(loss)} in {self.where} returned {got}; a loss returns a scalar "
+                    "tensor."
+                )
+            total = total + value
         with torch.no_grad():
             observed = [one.observe(routing, ctx) for one in self.steered]
-        scale = None if forward is None else forward.loss_scale
+        arrival = None if forward is None else forward.loss
+        scale = None if arrival is None else arrival.scale
         widths = tuple(len(values) for values in observed)
         y: Tensor = _Inject.apply(
-            y_TH, total, scale, self, forward, widths, *(t for values in observed for t in values)
+            y_TH, total, scale, self, arrival, widths, *(t for values in observed for t in values)
         )
         return y
 
-    def scale(self, scale: Tensor | None, forward: ModelForward | None) -> Tensor | float:
+    def scale(self, scale: Tensor | None, arrival: LossGradient | None) -> Tensor | float:
         if self.aux_scale is not None:
             return self.aux_scale() if callable(self.aux_scale) else self.aux_scale
-        if scale is not None and (torch.compiler.is_compiling() or forward.loss_arrived):  # type: ignore[union-attr]
+        arrived = arrival is not None and arrival.arrived
+        if scale is not None and (torch.compiler.is_compiling() or arrived):
             return scale
         raise AuxScaleError(
             f"{self.where}: a gradient reached this layer before one reached out.loss, so the "
@@ -193,6 +206,11 @@ class Attachment:
             "Call the model with labels=..., or pass aux_scale= to replace_moe (the gradient of "
             "your loss's weight, 1.0 for a plain mean over the micro-batch)."
         )
+
+
+def name_of(part: Any) -> str:
+    """What a part is called in messages: a function by its own name, an object by its class's."""
+    return getattr(part, "__qualname__", None) or type(part).__qualname__
 
 
 class _Inject(torch.autograd.Function):
@@ -203,11 +221,11 @@ class _Inject(torch.autograd.Function):
         total: Tensor,
         scale: Tensor | None,
         attachment: Attachment,
-        model_forward: ModelForward | None,
+        arrival: LossGradient | None,
         widths: tuple[int, ...],
         *observed: Tensor,
     ) -> Tensor:
-        ctx.scale, ctx.attachment, ctx.model_forward = scale, attachment, model_forward
+        ctx.scale, ctx.attachment, ctx.arrival = scale, attachment, arrival
         ctx.widths = widths
         ctx.save_for_backward(*observed)
         return y.view_as(y)
@@ -216,12 +234,18 @@ class _Inject(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         attachment: Attachment = ctx.attachment
         observed = ctx.saved_tensors
-        start = 0
-        for one, width in zip(attachment.steered, ctx.widths, strict=True):
-            one.commit(observed[start : start + width])
-            start += width
+        if torch.compiler.is_compiling() or not getattr(ctx, "committed", False):
+            # Once a forward, however often its graph is walked (retain_graph, autograd.grad).
+            ctx.committed = True
+            start = 0
+            for one, width in zip(attachment.steered, ctx.widths, strict=True):
+                one.commit(observed[start : start + width])
+                start += width
         injected = None
         if attachment.losses:
-            scale = attachment.scale(ctx.scale, ctx.model_forward)
-            injected = torch.as_tensor(scale, dtype=torch.float32, device=grad.device)
+            scale = attachment.scale(ctx.scale, ctx.arrival)
+            if isinstance(scale, Tensor):
+                injected = scale.to(grad.device, torch.float32)
+            else:  # full, not as_tensor: no copy that the device waits for
+                injected = torch.full((), scale, dtype=torch.float32, device=grad.device)
         return (grad, injected, None, None, None, None, *(None for _ in observed))

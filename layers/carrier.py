@@ -10,17 +10,28 @@ two forwards before one backward.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from moetk.context import RouterContext
+from moetk.errors import AuxScaleError, ReplayError
 from moetk.recorded import Recording
 from moetk.routing import Routing
 
 VISIT = "_moetk_visit"
+
+
+class LossGradient:
+    """How large a gradient reached the model's own loss. Apart from `ModelForward`: a node of the
+    graph that held that would hold, through the routings there, the graph itself."""
+
+    def __init__(self, share: Tensor | float, device: torch.device) -> None:
+        self.share = share
+        self.scale = torch.full((), float("nan"), device=device)
+        self.arrived = False
 
 
 class ModelForward:
@@ -33,11 +44,10 @@ class ModelForward:
         self.label_mask: Tensor | None = None
         self.batch_shape: tuple[int, int] | None = None
         self.seed: int | None = None
-        self.loss_scale: Tensor | None = None
-        self.loss_share: Tensor | float = 1.0
-        self.loss_arrived = False
+        self.loss: LossGradient | None = None
         self.recordings: tuple[Recording, ...] = ()
-        self.replay: Mapping[int, Routing] | None = None
+        self.recorded: dict[int, list[Routing]] = {}
+        self.replay: Mapping[int, Sequence[Routing]] | None = None
         self.replay_weights = "recompute"
         self.previous: dict[int, Routing] = {}
         self.calls: dict[int, int] = {}
@@ -60,17 +70,28 @@ class Visit:
     def __deepcopy__(self, memo: dict[int, Any]) -> Visit:
         return self
 
-    def context(self, layer: int, index: int, where: str) -> RouterContext:
-        """The router's view of this visit: decoder layer `layer`, MoE layer `index`."""
-        forward = self.forward
-        replay = None if forward.replay is None else forward.replay[layer]
+    def replayed(self, layer: int) -> Routing | None:
+        """What is replayed in this call of decoder layer `layer`; None = nothing is."""
+        if self.forward.replay is None:
+            return None
+        calls = self.forward.replay[layer]
+        if self.call >= len(calls):
+            raise ReplayError(
+                f"The recording holds {len(calls)} calls of layer {layer} in this forward, and "
+                f"this is call {self.call + 1}: replay on the model that was recorded."
+            )
+        return calls[self.call]
+
+    def context(self, layer: int, where: str, previous: Routing | None = None) -> RouterContext:
+        """The router's view of this visit of decoder layer `layer`."""
+        forward, replay = self.forward, self.replayed(layer)
         return RouterContext(
             token_ids=forward.token_ids,
             positions=forward.positions,
             token_mask=forward.token_mask,
             label_mask=forward.label_mask,
             batch_shape=forward.batch_shape,
-            previous=forward.previous.get(index - 1),
+            previous=previous,
             replay=None if replay is None else getattr(replay, "experts_TK", None),
             seed=None if forward.seed is None else mix(forward.seed, layer, self.call),
             where=where,
@@ -86,6 +107,7 @@ class Carrier:
         self.now: ModelForward | None = None
         self.pending: ModelForward | None = None
         self.wants_loss = False
+        self.keeps_previous = False
         self.refuse_hf_aux: str | None = None
         self.recordings: tuple[Recording, ...] = ()
         self.player: Any = None
@@ -117,25 +139,24 @@ class OpenModel:
         self.carrier.pending = forward
         reason = self.carrier.refuse_hf_aux
         if reason is not None and _asks_for_aux(module, kwargs):
-            from moetk.errors import AuxScaleError
-
             raise AuxScaleError(reason)
         labels = _argument(self.names, args, kwargs, "labels")
         shifted = kwargs.get("shift_labels")
         if isinstance(shifted, Tensor):
             mask_BS = shifted != -100
-        elif isinstance(labels, Tensor):
+        elif not isinstance(labels, Tensor) or labels.ndim != 2:
+            return  # no label a token: a head over whole sequences
+        elif "CausalLM" in type(module).__name__:
             # Position s predicts label s + 1; the last position predicts nothing.
             mask_BS = nn.functional.pad(labels[:, 1:] != -100, (0, 1))
         else:
-            return
+            mask_BS = labels != -100
         forward.label_mask = mask_BS.reshape(-1)
         if not self.carrier.wants_loss:
             return
         items = kwargs.get("num_items_in_batch")
-        if items is not None:
-            forward.loss_share = mask_BS.sum() / items
-        forward.loss_scale = torch.full((), float("nan"), device=mask_BS.device)
+        share = 1.0 if items is None else mask_BS.sum() / items
+        forward.loss = LossGradient(share, mask_BS.device)
 
 
 class CloseModel:
@@ -148,15 +169,15 @@ class CloseModel:
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> Any:
         forward, self.carrier.pending = self.carrier.pending, None
-        if forward is None or forward.loss_scale is None or output is None:
+        if forward is None or forward.loss is None or output is None:
             return None
         if isinstance(output, tuple):
             if not _is_loss(output[0]):
                 return None
-            return (_ProbeLoss.apply(output[0], forward.loss_scale, forward), *output[1:])
+            return (_ProbeLoss.apply(output[0], forward.loss.scale, forward.loss), *output[1:])
         loss = getattr(output, "loss", None)
         if _is_loss(loss):
-            output.loss = _ProbeLoss.apply(loss, forward.loss_scale, forward)
+            output.loss = _ProbeLoss.apply(loss, forward.loss.scale, forward.loss)
         return None
 
 
@@ -194,26 +215,31 @@ class OpenBase:
 
 
 class CloseBase:
+    """Its counterpart: a forward that returned is recorded whole, one that raised is not."""
+
     def __init__(self, carrier: Carrier) -> None:
         self.carrier = carrier
 
-    def __call__(self, *_: Any) -> None:
-        self.carrier.now = None
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        forward, self.carrier.now = self.carrier.now, None
+        if forward is not None and output is not None:
+            for recording in forward.recordings:
+                recording.append(forward.recorded)
 
 
 class _ProbeLoss(torch.autograd.Function):
     """Identity on the loss; its backward notes how large a gradient arrived."""
 
     @staticmethod
-    def forward(ctx: Any, loss: Tensor, scale: Tensor, forward: ModelForward) -> Tensor:
-        ctx.scale, ctx.forward = scale, forward
+    def forward(ctx: Any, loss: Tensor, scale: Tensor, arrival: LossGradient) -> Tensor:
+        ctx.scale, ctx.arrival = scale, arrival
         return loss.clone()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        ctx.scale.copy_(grad.detach().float() * ctx.forward.loss_share)
+        ctx.scale.copy_(grad.detach().float() * ctx.arrival.share)
         if not torch.compiler.is_compiling():  # no side effect on Python objects in a graph
-            ctx.forward.loss_arrived = True
+            ctx.arrival.arrived = True
         return grad, None, None
 
 

@@ -129,6 +129,13 @@ def _refuse_unknown(name: str, block: nn.Module) -> None:
     )
 
 
+def expects_experts(root: Any) -> bool:
+    """The config speaks of several experts, wherever its blocks may be."""
+    config = root.config.get_text_config()
+    names = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+    return any(isinstance(n := getattr(config, name, None), int) and n > 1 for name in names)
+
+
 def specs_of(found: Sequence[Found], root: Any) -> Iterator[BlockSpec]:
     """What each block's router factory is told."""
     for index, item in enumerate(found):

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from moetk.context import RouterContext
-from moetk.dispatch import Dispatcher, Local
-from moetk.layers.attach import Attachment, Controller, Loss, Reduce, step_all
+from moetk.dispatch import Dispatcher, Local, with_drops
+from moetk.errors import RouterConfigError
+from moetk.layers.attach import Attachment, Controller, Loss, Reduce, name_of, step_all
 from moetk.recorded import check_obeyed
 from moetk.routing import Routing, check_routing
 
@@ -24,6 +25,7 @@ class MoELayer(nn.Module):
     >>> y.shape, routing.experts_TK.shape
     (torch.Size([4, 16, 64]), torch.Size([64, 2]))
 
+    The routing is the router's, with what the dispatcher then dropped in kept_TK.
     Losses need no adding up: in training each one's gradient enters in backward, at its own
     coefficient times aux_scale. Controllers are copied and bound to this layer's router; `step`
     moves them.
@@ -61,19 +63,33 @@ class MoELayer(nn.Module):
             routing,
             len(x_TH),
             getattr(self.experts, "num_experts", 0),
-            where=type(self.router).__name__,
+            where=name_of(self.router),
             duplicates=getattr(self.router, "duplicates", False),
             values=self.check,
             batch_shape=ctx.batch_shape,
         )
-        check_obeyed(routing, ctx, type(self.router).__name__)
+        check_obeyed(routing, ctx, name_of(self.router))
         x_RH, local, handle = self.dispatcher.dispatch(x_TH, routing, ctx)
         y_TH = self.dispatcher.combine(self.experts(x_RH, local), handle)
         if self.attachment and self.training:
             y_TH = self.attachment(y_TH, routing, ctx, None)
         if self.shared_experts is not None:
             y_TH = y_TH + self.shared_experts(x_TH)
-        return y_TH.view_as(x), routing
+        return y_TH.view_as(x), with_drops(routing, local)
+
+    def controller_state(self) -> list[dict[str, Any]]:
+        """The controllers' states, in their order; with the parameters' state_dict, what a resume
+        needs."""
+        return [one.controller.state_dict() for one in self.attachment.steered]
+
+    def load_controller_state(self, states: Sequence[dict[str, Any]]) -> None:
+        """Resume exactly. Raises RouterConfigError when their number differs."""
+        if len(states) != len(self.attachment.steered):
+            raise RouterConfigError(
+                f"{len(states)} controller states for {len(self.attachment.steered)} controllers."
+            )
+        for one, state in zip(self.attachment.steered, states, strict=True):
+            one.controller.load_state_dict(state)
 
     def step(self, reduce: Reduce | None = None) -> None:
         """Move the controllers by what backward has committed since the last step."""

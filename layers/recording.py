@@ -40,14 +40,14 @@ class _Player:
     def __init__(self, recording: Recording, weights: str) -> None:
         self.recording, self.weights, self.index = recording, weights, 0
 
-    def next(self) -> tuple[dict[int, Routing], str]:
+    def next(self) -> tuple[dict[int, list[Routing]], str]:
         if self.index >= self.recording.num_forwards:
             raise ReplayError(
                 f"The recording holds {self.recording.num_forwards} forwards and this is one more: "
                 "replay the batches that were recorded, in their order."
             )
         self.index += 1
-        return self.recording.forward(self.index - 1), self.weights
+        return self.recording.forwards[self.index - 1], self.weights
 
 
 @contextmanager

@@ -16,20 +16,22 @@ from moetk.errors import (
     MoetkError,
     ReplaceError,
     RouterConfigError,
+    UnsupportedModelError,
 )
 from moetk.experts.backends import check_backend_name
-from moetk.layers.attach import Attachment, Controller, Loss, Reduce, Steered, step_all
+from moetk.layers.attach import Attachment, Controller, Loss, Reduce, Steered, name_of, step_all
 from moetk.layers.carrier import Carrier, CloseBase, CloseModel, OpenBase, OpenModel
 from moetk.layers.find import (
     BlockSpec,
     Found,
+    expects_experts,
     find_blocks,
     layer_index,
     root_of,
     runs_on,
     specs_of,
 )
-from moetk.layers.saving import SavingShell
+from moetk.layers.saving import SavingShell, mark
 from moetk.layers.shells import (
     BOUND,
     CUSTOM,
@@ -40,7 +42,7 @@ from moetk.layers.shells import (
     RouterShell,
     Site,
 )
-from moetk.layers.swap import extend, is_extended, withdraw
+from moetk.layers.swap import extend, withdraw
 from moetk.routers import MixtralRouter
 from moetk.routing import Routing
 
@@ -98,7 +100,17 @@ class Replacement:
         return controller_callback(self, reduce)
 
     def install(self) -> None:
-        """Put the parts in again after `restore`; all of them, or none where one cannot be."""
+        """Put the parts in again after `restore`; all of them, or none where one cannot be.
+
+        Raises ReplaceError while another Replacement holds the model.
+        """
+        holder = vars(self.model).get(REPLACEMENT)
+        if holder is self:
+            return
+        if holder is not None:
+            raise ReplaceError(
+                f"{type(self.model).__name__} is held by another Replacement: restore that first."
+            )
         try:
             for found, site, made in zip(self._found, self.sites, self._routers, strict=True):
                 _install(found, site, made)
@@ -106,18 +118,23 @@ class Replacement:
                 _hook(self, self.model)
                 vars(self.model)[REPLACEMENT] = self
                 if self.label:
-                    self.model.config.moetk = {"router": self.label, "format": 1}
+                    self.model.config.moetk = mark(self.model, self.label)
                 if self.label or self.steered:
                     extend(self.model, SavingShell)
         except Exception:
-            self.restore()
+            self._withdraw()
             raise
 
     def restore(self) -> None:
         """Give the model its own classes back, bit for bit, and drop custom routers.
 
         Where FSDP2 has put its class on top, ours stays below it and lets the stock code through.
+        Does nothing once the model was restored, or replaced anew.
         """
+        if vars(self.model).get(REPLACEMENT) is self:
+            self._withdraw()
+
+    def _withdraw(self) -> None:
         for handle in self._hooks:
             handle.remove()
         for found, site in zip(self._found, self.sites, strict=True):
@@ -220,6 +237,11 @@ def replace_moe(
     if backend != "stock":
         check_backend_name(backend)
     found = list(find_blocks(root))
+    if not found and (router or losses or controllers or expects_experts(root)):
+        raise UnsupportedModelError(
+            f"{type(root).__name__} has no mixture-of-experts block that moetk knows: there is "
+            'nothing to replace. Load it with backend="stock" to use it as it is.'
+        )
     earlier = vars(root).get(REPLACEMENT)
     if isinstance(earlier, Replacement):
         earlier.restore()
@@ -227,6 +249,8 @@ def replace_moe(
         carrier = Carrier(torch.initial_seed() if seed is None else seed)
         carrier.wants_loss = bool(losses) and aux_scale is None
         routers = [_build(router, spec) for spec in specs_of(found, root)]
+        _refuse_shared(routers)
+        carrier.keeps_previous = any(getattr(made, "reads_previous", False) for made in routers)
         if any(list(made.parameters()) for made in routers if isinstance(made, nn.Module)):
             _refuse_distributed(model)
         sites = [
@@ -258,6 +282,10 @@ def _build(factory: Factory | None, spec: BlockSpec) -> Router | None:
             f"router factory returned {type(router).__name__} for {spec.name}; it returns a "
             "callable (x_TH, ctx) -> Routing, or None to keep the stock router."
         )
+    if router is spec.gate:
+        raise RouterConfigError(
+            f"router factory returned the stock gate of {spec.name}; return None to keep it."
+        )
     if isinstance(router, nn.Module):
         device, dtype = runs_on(spec.gate), next(spec.gate.parameters()).dtype
         for parameter in router.parameters():
@@ -268,6 +296,15 @@ def _build(factory: Factory | None, spec: BlockSpec) -> Router | None:
             owner._buffers[name.rpartition(".")[2]] = buffer.to(device)
         router.train(spec.module.training)
     return router
+
+
+def _refuse_shared(routers: Sequence[Router | None]) -> None:
+    modules = [made for made in routers if isinstance(made, nn.Module)]
+    if len({id(made) for made in modules}) < len(modules):
+        raise RouterConfigError(
+            "The router factory returned one module for several layers; a checkpoint could not "
+            "tell them apart. Return a new router for each layer."
+        )
 
 
 def _refuse_distributed(model: nn.Module) -> None:
@@ -285,12 +322,8 @@ def _refuse_distributed(model: nn.Module) -> None:
 
 def _label(routers: Iterable[Router | None]) -> str:
     """The routers' names, for humans and for the check on load; never imported from."""
-    names = [_name_of(made) for made in routers if made is not None]
+    names = [name_of(made) for made in routers if made is not None]
     return ", ".join(dict.fromkeys(names))
-
-
-def _name_of(made: Router) -> str:
-    return getattr(made, "__qualname__", None) or type(made).__qualname__
 
 
 def _site(
@@ -311,6 +344,7 @@ def _site(
         name=item.name,
         layer=layer_index(item.layer_name, index),
         index=index,
+        top_k=int(item.gate.top_k),  # type: ignore[arg-type]
         family=item.family,
         gate_row=item.family.gate_row(item.gate),
         order=item.family.order(item.gate),
@@ -323,7 +357,7 @@ def _site(
         carrier=carrier,
         check=check,
         function=None if isinstance(made, nn.Module) else made,
-        label=None if made is None else _name_of(made),
+        label=None if made is None else name_of(made),
     )
 
 
@@ -343,9 +377,8 @@ def _install(item: Found, site: Site, made: Router | None) -> None:
     extend(item.gate, *mixins)
     extend(item.experts, ExpertsShell)
     vars(item.gate)[SITE] = vars(item.experts)[SITE] = site
-    if not is_extended(item.layer):
-        extend(item.layer, LayerShell)
-        vars(item.layer)[PARTS] = (site.carrier, site.layer, item.gate, item.experts)
+    extend(item.layer, LayerShell)
+    vars(item.layer)[PARTS] = (site.carrier, site.layer, item.gate, item.experts)
 
 
 def _hook(replacement: Replacement, root: nn.Module) -> None:
@@ -367,10 +400,20 @@ def _hook(replacement: Replacement, root: nn.Module) -> None:
     replacement._hooks = handles
 
 
+def _hf_shaped(made: Router, site: Site) -> bool:
+    """A softmax over all and the best K of it, with the model's own K and no bias in the choice."""
+    return (
+        isinstance(made, MixtralRouter)
+        and type(made).forward is MixtralRouter.forward
+        and made.top_k == site.top_k
+        and getattr(made, "e_score_correction_bias", None) is None
+    )
+
+
 def _refusal(sites: Sequence[Site], routers: Sequence[Router | None]) -> str | None:
     """Why transformers' pooled loss would not describe these routers, or None where it does."""
     for site, made in zip(sites, routers, strict=True):
-        if made is None or not site.gate_row.hf_aux or isinstance(made, MixtralRouter):
+        if made is None or not site.gate_row.hf_aux or _hf_shaped(made, site):
             continue
         return (
             f"output_router_logits=True adds transformers' own balancing loss, a softmax and top-k "

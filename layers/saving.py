@@ -38,8 +38,7 @@ class SavingShell:
 
         replacement = replacement_of(self)  # type: ignore[arg-type]
         if replacement.label:
-            mark = {"router": replacement.label, "spec": spec_hash(self), "format": 1}
-            self.config.moetk = mark  # type: ignore[attr-defined]
+            self.config.moetk = mark(self, replacement.label)  # type: ignore[attr-defined]
         super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
         if kwargs.get("is_main_process", True):
             save_state(replacement.state_dict(), Path(save_directory))
@@ -50,10 +49,11 @@ def custom_tensors(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in model.state_dict().items() if MARK in name}
 
 
-def spec_hash(model: Any) -> str:
-    """16 hex digits of the custom routers' names and shapes: what a factory must build."""
+def mark(model: Any, label: str) -> dict[str, Any]:
+    """What `config.moetk` says: routers' names, and a hash of their tensors' names and shapes."""
     shapes = {name: list(tensor.shape) for name, tensor in custom_tensors(model).items()}
-    return hashlib.sha256(json.dumps(shapes, sort_keys=True).encode()).hexdigest()[:16]
+    digest = hashlib.sha256(json.dumps(shapes, sort_keys=True).encode()).hexdigest()[:16]
+    return {"router": label, "spec": digest, "format": 1}
 
 
 def save_state(state: dict[str, Any], folder: Path) -> None:
@@ -134,13 +134,28 @@ def load_custom(model: nn.Module, folder: Path) -> None:
             own[name].copy_(tensor)
 
 
-def check_mark(config: Any, router: Any, folder: str) -> None:
-    """Raise RouterConfigError when a folder was saved with a custom router and none is given."""
-    mark = getattr(config, "moetk", None)
-    if mark and router is None:
+def stored_mark(config: Any, router: Any, folder: str) -> dict[str, Any] | None:
+    """What a folder says of its custom routers, or None where it was saved without.
+
+    Raises RouterConfigError when it was saved with one and no factory is given.
+    """
+    stored = getattr(config, "moetk", None)
+    if stored and router is None:
         raise RouterConfigError(
-            f"{folder} was saved with the router {mark.get('router')!r}. Its code is not in the "
+            f"{folder} was saved with the router {stored.get('router')!r}. Its code is not in the "
             "folder and moetk imports none by name: pass router=<your factory> to from_pretrained."
+        )
+    return dict(stored) if stored else None
+
+
+def check_mark(stored: dict[str, Any], config: Any, folder: str) -> None:
+    """Raise RouterConfigError when the factory built another router than the one saved."""
+    built = getattr(config, "moetk", None) or {}
+    if (stored.get("router"), stored.get("spec")) != (built.get("router"), built.get("spec")):
+        raise RouterConfigError(
+            f"{folder} was saved with the router {stored.get('router')!r} "
+            f"(tensors {stored.get('spec')}); the factory built {built.get('router')!r} "
+            f"({built.get('spec')}). Pass the factory that built it when it was saved."
         )
 
 

@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 
 from moetk.context import RouterContext
-from moetk.dispatch import Dispatcher
+from moetk.dispatch import Dispatcher, with_drops
 from moetk.errors import ForeignExpertsError, ReplaceError, UnsupportedRoutingError
 from moetk.experts import BankSpec, bank_forward
 from moetk.layers.attach import Attachment
 from moetk.layers.carrier import VISIT, Carrier, Visit
 from moetk.layers.families import Family, Gate, Order, bank_weights
 from moetk.recorded import check_obeyed
-from moetk.routing import Routing, TokenChoice, check_routing
+from moetk.routing import Routing, TokenChoice, check_routing, detached
 
 SITE = "_moetk_site"
 BOUND = "_moetk_bound"
@@ -40,6 +40,7 @@ class Site:
     name: str
     layer: int
     index: int
+    top_k: int
     family: Family
     gate_row: Gate
     order: Order
@@ -55,10 +56,27 @@ class Site:
     settings: Mapping[str, Any] = field(default_factory=dict)
     active: bool = True
 
-    def context(self, visit: Visit | None, token_ids: Tensor | None = None) -> RouterContext:
+    def context(
+        self, visit: Visit | None, token_ids: Tensor | None = None, router: Any = None
+    ) -> RouterContext:
         if visit is None:
             return RouterContext(token_ids=token_ids, where=self.name)
-        return visit.context(self.layer, self.index, self.name)
+        previous = None
+        if router is not None and self.index > 0:
+            reads = getattr(router, "reads_previous", False)
+            kept = visit.forward.previous.get(self.index - 1)
+            previous = kept if reads else _Withheld(self.name, _UNDECLARED)
+        return visit.context(self.layer, self.name, previous)  # type: ignore[arg-type]
+
+    def check_inside(self, visit: Visit | None) -> None:
+        """Raise ReplaceError in a recompute that began below the decoder layer: it knows neither
+        ids nor mask nor replay, and would choose other experts than the forward did."""
+        if visit is None and self.carrier.count and _recomputing():
+            raise ReplaceError(
+                f"{self.name} is recomputed on its own: activation checkpointing wraps the block, "
+                "and what its router knew stays with the decoder layer. Checkpoint the decoder "
+                "layer (model.gradient_checkpointing_enable())."
+            )
 
 
 class LayerShell:
@@ -119,9 +137,10 @@ class RouterShell:
             return super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc]
         x_TH = hidden_states.reshape(-1, hidden_states.shape[-1])
         visit: Visit | None = self.__dict__.get(BOUND)
+        site.check_inside(visit)
         token_ids = next((a.reshape(-1) for a in args if isinstance(a, Tensor)), None)
-        ctx = site.context(visit, token_ids)
         router = self._modules.get(CUSTOM, site.function)  # type: ignore[attr-defined]
+        ctx = site.context(visit, token_ids, router)
         if router is None:
             routing = site.gate_row.router.forward(self, x_TH, ctx)
             if site.gate_row.weight_dtype == "model":
@@ -145,7 +164,7 @@ class RouterShell:
                 routing = _obeyed(routing, ctx, visit, site)
             if not visit.sealed:
                 visit.ctx = ctx
-                if router is not None:
+                if site.carrier.keeps_previous:
                     visit.forward.previous.setdefault(site.index, routing)
         return _as_family_tuple(routing, site.order)
 
@@ -161,6 +180,7 @@ class ExpertsShell:
         routing: Routing = (
             TokenChoice(index, weights, site.spec.num_ids) if isinstance(index, Tensor) else index
         )
+        site.check_inside(visit)
         ctx = site.context(visit) if visit is None or visit.ctx is None else visit.ctx
         x_RH, local, handle = site.dispatcher.dispatch(hidden_states, routing, ctx)
         if site.backend == "stock":
@@ -177,8 +197,9 @@ class ExpertsShell:
             )
         y_TH = site.dispatcher.combine(y_RH, handle)
         if visit is not None and visit.forward.recordings and not _recomputing():
-            for recording in visit.forward.recordings:
-                recording.add(site.layer, _with_drops(routing, local))
+            fields = frozenset[str]().union(*(r.fields for r in visit.forward.recordings))
+            entries = visit.forward.recorded.setdefault(site.layer, [])
+            entries.append(detached(with_drops(routing, local), fields))
         if site.attachment and self.training:  # type: ignore[attr-defined]
             y_TH = site.attachment(y_TH, routing, ctx, None if visit is None else visit.forward)
         return y_TH
@@ -223,16 +244,8 @@ def _as_family_tuple(routing: Routing, order: Order) -> tuple[Any, Any, Any]:
 
 def _recomputing() -> bool:
     """Inside backward: activation checkpointing is running this layer a second time."""
-    return torch._C._current_graph_task_id() != -1
-
-
-def _with_drops(routing: Routing, local: Routing) -> Routing:
-    """What the router wanted, with what a local capacity then dropped."""
-    if not isinstance(routing, TokenChoice) or not isinstance(local, TokenChoice):
-        return routing
-    if local.kept_TK is None or local.kept_TK.shape != routing.experts_TK.shape:
-        return routing
-    return replace(routing, kept_TK=local.kept_TK, weights_TK=local.weights_TK)
+    # The question cannot be traced; a compiled region is recomputed without running Python.
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 def _obeyed(routing: Routing, ctx: RouterContext, visit: Visit, site: Site) -> Routing:
@@ -240,33 +253,45 @@ def _obeyed(routing: Routing, ctx: RouterContext, visit: Visit, site: Site) -> R
     check_obeyed(routing, ctx, f"{site.label or 'the router'} in {site.name}")
     if visit.forward.replay_weights != "stored":
         return routing
-    assert visit.forward.replay is not None
-    recorded = visit.forward.replay[site.layer]
+    recorded = visit.replayed(site.layer)
     assert isinstance(recorded, TokenChoice) and isinstance(routing, TokenChoice)
     return replace(routing, weights_TK=recorded.weights_TK, kept_TK=recorded.kept_TK)
 
 
-class _NoGraph:
-    """Stands for the previous routing where reentrant checkpointing has cut its graph."""
+_UNDECLARED = (
+    "its router does not declare it. Set `reads_previous = True` on the router: routings, with "
+    "their graph, are kept from layer to layer only where one reads them."
+)
+_REENTRANT = (
+    "reentrant activation checkpointing has cut its gradient. Use "
+    'gradient_checkpointing_kwargs={"use_reentrant": False}.'
+)
 
-    def __init__(self, where: str) -> None:
-        self._where = where
+
+class _Withheld:
+    """Stands in ctx.previous for a routing that cannot be given; says why when it is read."""
+
+    def __init__(self, where: str, why: str) -> None:
+        self._where, self._why = where, why
 
     def __getattr__(self, name: str) -> Any:
-        raise ReplaceError(
-            f"{self._where} reads ctx.previous.{name} under reentrant activation checkpointing, "
-            "where the previous layer's routing has no gradient. Use "
-            'gradient_checkpointing_kwargs={"use_reentrant": False}.'
-        )
+        if name.startswith("__"):  # copying and pickling ask for these
+            raise AttributeError(name)
+        raise ReplaceError(f"{self._where} reads ctx.previous.{name}: {self._why}")
 
 
 def _guarded(ctx: RouterContext, x_TH: Tensor) -> RouterContext:
     """Reentrant checkpointing ran the previous layer without grad; its recompute comes later than
     this one. Whoever reads that routing now would silently lose a gradient."""
     previous = ctx.previous
-    if previous is None or torch.compiler.is_compiling() or not _recomputing():
+    if (
+        previous is None
+        or isinstance(previous, _Withheld)
+        or torch.compiler.is_compiling()
+        or not _recomputing()
+    ):
         return ctx
     weights = getattr(previous, "weights_TK", None)
     if weights is None or weights.requires_grad or not x_TH.requires_grad:
         return ctx
-    return replace(ctx, previous=_NoGraph(ctx.where))  # type: ignore[arg-type]
+    return replace(ctx, previous=_Withheld(ctx.where, _REENTRANT))  # type: ignore[arg-type]

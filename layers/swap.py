@@ -43,6 +43,8 @@ def extend(module: nn.Module, *mixins: type) -> None:
     another library did so and left no way to the class's own forward.
     """
     original: Any = type(module)
+    if all(mixin in original.__mro__ for mixin in mixins):
+        return  # there already, below a class that another library put on top
     cls = _extended(original, mixins)
     _drop_left_forward(module)
     _check_instance_forward(module)

@@ -10,7 +10,7 @@ import transformers
 
 from moetk.layers.attach import Controller, Loss
 from moetk.layers.replace import Factory, replace_moe
-from moetk.layers.saving import check_mark, load_custom, load_state
+from moetk.layers.saving import check_mark, load_custom, load_state, stored_mark
 
 
 class AutoModelForCausalLM(transformers.AutoModelForCausalLM):  # type: ignore[misc]
@@ -41,16 +41,17 @@ class AutoModelForCausalLM(transformers.AutoModelForCausalLM):  # type: ignore[m
     ) -> Any:
         out = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
         model = out[0] if isinstance(out, tuple) else out
-        check_mark(model.config, router, str(pretrained_model_name_or_path))
-        marked = bool(getattr(model.config, "moetk", None))
+        name = str(pretrained_model_name_or_path)
+        stored = stored_mark(model.config, router, name)
         if _leave(router, losses, controllers, backend):
             return out
         replacement = replace_moe(
             model, router, losses=losses, controllers=controllers, backend=backend
         )
         folder = _folder(pretrained_model_name_or_path, kwargs)
-        if marked:
+        if stored is not None:
             load_custom(model, folder)
+            check_mark(stored, model.config, name)
             if isinstance(out, tuple):
                 out[1]["unexpected_keys"] = type(out[1]["unexpected_keys"])(
                     key for key in out[1]["unexpected_keys"] if ".moetk." not in key
@@ -86,7 +87,7 @@ def _leave(router: Any, losses: Sequence[Any], controllers: Sequence[Any], backe
 def _folder(name: Any, kwargs: dict[str, Any]) -> Path:
     """Where the files are: the given folder, or the hub's snapshot of it."""
     if Path(name).is_dir():
-        return Path(name)
+        return Path(name, kwargs.get("subfolder", ""))
     from transformers.utils import cached_file
 
     passed = {

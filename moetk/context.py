@@ -10,7 +10,7 @@ from moetk.errors import MissingContextError, ReplayError
 from moetk.routing import Routing, register_value
 
 _FIXES = {
-    "token_ids": "the model was called with inputs_embeds. Pass input_ids as well, or call the "
+    "token_ids": "the model was called with inputs_embeds. Call it with input_ids, or call the "
     "layer with RouterContext(token_ids=...).",
     "batch_shape": "the tokens are packed. Call the layer with a (B, S, H) input, or with "
     "RouterContext(batch_shape=(B, S)).",

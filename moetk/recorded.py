@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
@@ -10,48 +10,63 @@ from moetk.context import RouterContext
 from moetk.errors import ReplayError, UnsupportedRoutingError
 from moetk.routing import Routing, TokenChoice, detached
 
+FIELDS = ("logits_TE", "scores_TE", "choice_TE", "extras")
+
 
 class Recording:
-    """The routing of every layer, one entry a forward.
+    """The routing of every layer, forward by forward.
 
     >>> with moetk.record(model) as rec:
     ...     model(input_ids=ids)
     >>> rec[0][-1].experts_TK  # decoder layer 0, the last forward
 
-    fields: the optional (T, E) fields to keep ("logits_TE", "scores_TE", "choice_TE", "extras");
-    ids, weights and what was dropped are always kept. Everything is detached, on its own device.
+    A forward is recorded whole when it has returned: one that raised leaves nothing. A tied layer
+    has as many entries a forward as it was called.
+
+    fields: of ("logits_TE", "scores_TE", "choice_TE", "extras"), what to keep beside ids, weights
+    and what was dropped. Everything is detached, on its own device. Raises ReplayError for another
+    field.
     """
 
-    def __init__(self, fields: tuple[str, ...] = ()) -> None:
+    def __init__(self, fields: Sequence[str] = ()) -> None:
+        unknown = [fields] if isinstance(fields, str) else [f for f in fields if f not in FIELDS]
+        if unknown:
+            raise ReplayError(f"fields={fields!r}: name them in a tuple, of {', '.join(FIELDS)}.")
         self.fields = frozenset(fields)
-        self._layers: dict[int, list[Routing]] = {}
+        self.forwards: list[dict[int, list[Routing]]] = []
 
-    def add(self, layer: int, routing: Routing) -> None:
-        self._layers.setdefault(layer, []).append(detached(routing, self.fields))
-
-    def __getitem__(self, layer: int) -> list[Routing]:
-        if layer not in self._layers:
-            raise ReplayError(
-                f"Layer {layer} was not recorded; recorded layers: {list(self._layers) or 'none'}."
-            )
-        return self._layers[layer]
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(sorted(self._layers))
-
-    def __len__(self) -> int:
-        return len(self._layers)
-
-    def items(self) -> list[tuple[int, list[Routing]]]:
-        return [(layer, self._layers[layer]) for layer in self]
+    def append(self, forward: Mapping[int, Sequence[Routing]]) -> None:
+        """Add one forward: each layer's routings, in the order of its calls."""
+        kept = {
+            layer: [detached(routing, self.fields) for routing in calls]
+            for layer, calls in forward.items()
+        }
+        self.forwards.append(kept)
 
     @property
     def num_forwards(self) -> int:
-        return max((len(entries) for entries in self._layers.values()), default=0)
+        return len(self.forwards)
 
-    def forward(self, index: int) -> dict[int, Routing]:
-        """Every layer's routing of one forward, layers in order."""
-        return {layer: entries[index] for layer, entries in self.items() if index < len(entries)}
+    @property
+    def layers(self) -> list[int]:
+        return sorted({layer for forward in self.forwards for layer in forward})
+
+    def __getitem__(self, layer: int) -> list[Routing]:
+        entries = [routing for forward in self.forwards for routing in forward.get(layer, ())]
+        if not entries:
+            raise ReplayError(
+                f"Layer {layer} was not recorded; recorded layers: {self.layers or 'none'}."
+            )
+        return entries
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.layers)
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    def items(self) -> list[tuple[int, list[Routing]]]:
+        return [(layer, self[layer]) for layer in self]
 
 
 def check_obeyed(routing: Routing, ctx: RouterContext, router: str) -> None:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from moetk import ExpertBank, MoELayer, RouterContext, TokenChoice
-from moetk.dispatch import Capacity, Local
+from moetk.dispatch import Capacity, Local, dropped
 from moetk.equivalence.judge import relative_error
 from moetk.errors import (
     DuplicateExpertError,
@@ -142,7 +142,10 @@ def test_capacity_drops_and_the_routing_says_what_was_wanted() -> None:
     x = torch.randn(2, 8, H, dtype=torch.float64)
     y, routing = layer(x)
     free, wanted = layer_of(ROUTERS["mixtral"])(x)
-    assert torch.equal(routing.experts_TK, wanted.experts_TK) and routing.kept_TK is None
+    assert torch.equal(routing.experts_TK, wanted.experts_TK)
+    assert wanted.kept_TK is None and not routing.kept_TK.all()
+    assert dropped(routing) == (~routing.kept_TK).sum()
+    assert torch.equal(routing.weights_TK == 0, ~routing.kept_TK)
     assert relative_error(y, free) > 1e-3
     with pytest.raises(UnsupportedRoutingError, match="ExpertChoice"):
         layer_of(ROUTERS["expert_choice"], dispatcher=Local(Capacity(0.5)))(x)
@@ -182,7 +185,7 @@ def returning(**changes: Any) -> Any:
 def test_what_a_router_returns_is_checked() -> None:
     x_TH = torch.randn(6, H)
     bank = ExpertBank(H, E, 8)
-    message = "function: num_experts=5 in the routing, but the bank has 4 experts."
+    message = "returning.<locals>.router: num_experts=5 in the routing, but the bank has 4 experts."
     with pytest.raises(MoeShapeError, match=re.escape(message)):
         MoELayer(returning(num_experts=5), bank)(x_TH)
     same = torch.zeros(6, K, dtype=torch.int64)

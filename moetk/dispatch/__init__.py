@@ -1,7 +1,7 @@
 """Dispatch: bringing tokens to their experts and back, and what does not fit on the way."""
 
 from moetk.dispatch.capacity import Capacity, by_weight, dropped, first_come
-from moetk.dispatch.dispatcher import Dispatcher
+from moetk.dispatch.dispatcher import Dispatcher, with_drops
 from moetk.dispatch.local import Local
 
 __all__ = [
@@ -11,4 +11,5 @@ __all__ = [
     "by_weight",
     "dropped",
     "first_come",
+    "with_drops",
 ]

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, Protocol
 
 from torch import Tensor
 
 from moetk.context import RouterContext
-from moetk.routing import Routing
+from moetk.routing import Routing, TokenChoice
 
 
 class Dispatcher(Protocol):
@@ -26,3 +27,13 @@ class Dispatcher(Protocol):
     def combine(self, y_RH: Tensor, handle: Any) -> Tensor:
         """y_TH, the rows in the order that dispatch was given."""
         ...
+
+
+def with_drops(routing: Routing, local: Routing) -> Routing:
+    """What the router wanted, with what a dispatcher of this rank then dropped: kept_TK and the
+    weights are `local`'s, where it is still the same (T, K) choices."""
+    if not isinstance(routing, TokenChoice) or not isinstance(local, TokenChoice):
+        return routing
+    if local.kept_TK is None or local.kept_TK.shape != routing.experts_TK.shape:
+        return routing
+    return replace(routing, kept_TK=local.kept_TK, weights_TK=local.weights_TK)

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from moetk.errors import MoeShapeError
-from moetk.routing import TokenChoice, need
 
 FACTOR = 2.0
 
@@ -124,49 +123,35 @@ class Choices:
 
 
 def compare_choices(
-    ours: TokenChoice,
-    other_TK: Tensor,
-    truth_TE: Tensor,
-    *,
-    selection: torch.dtype,
-    reduction: int,
+    ours_TK: Tensor, other_TK: Tensor, truth_TE: Tensor, scores_TE: Tensor, *, error: float
 ) -> Choices:
-    """Ours against another implementation's ids (T, K).
+    """Ours against another implementation's ids, both (T, K).
 
-    ours carries choice_TE, or else the scores or logits it chose from. truth_TE: those scores in
-    fp64, (T, E). selection: the dtype the choice was made in; reduction: length of the longest sum
-    behind a score. A pair counts as tied within twice the largest measured error of the scores plus
-    one unit of that dtype; an error beyond sqrt(reduction) units is no rounding and excuses
-    nothing.
-
-    Raises MissingFieldError when ours carries none of the three.
+    truth_TE: the scores of the choice in fp64. scores_TE: those ours chose from, in their own
+    dtype. error: the largest error that a right implementation's scores have in that dtype,
+    measured on the eager one, never on ours: a wrong score would excuse every choice. A pair of
+    experts counts as tied where the truth sets it apart by at most twice that.
     """
-    chosen_TE = next(
-        (t for t in (ours.choice_TE, ours.scores_TE, ours.logits_TE) if t is not None), None
-    )
-    if chosen_TE is None:
-        chosen_TE = need(ours, "choice_TE", "compare_choices")
-    chosen_TE, truth_TE = chosen_TE.detach().double(), truth_TE.detach().double()
-    ids_TK, other_TK = ours.experts_TK, other_TK.to(ours.experts_TK.device)
-    num_choices = ids_TK.shape[1]
-
-    same_T = (ids_TK == other_TK).all(-1)
-    sets_T = (ids_TK.sort(-1).values == other_TK.sort(-1).values).all(-1)
-    mask_ours = torch.zeros_like(truth_TE).scatter_(1, ids_TK.clamp(min=0), 1).bool()
+    truth_TE, other_TK = truth_TE.detach().double(), other_TK.to(ours_TK.device)
+    same_T = (ours_TK == other_TK).all(-1)
+    sets_T = (ours_TK.sort(-1).values == other_TK.sort(-1).values).all(-1)
+    mask_ours = torch.zeros_like(truth_TE).scatter_(1, ours_TK.clamp(min=0), 1).bool()
     mask_other = torch.zeros_like(truth_TE).scatter_(1, other_TK.clamp(min=0), 1).bool()
-    only_ours, only_other = mask_ours & ~mask_other, mask_other & ~mask_ours
-    finite_TE = torch.where(truth_TE.isfinite(), truth_TE, 0)
-    errors_TE = (chosen_TE - truth_TE).abs().nan_to_num(0.0, 0.0, 0.0)
-    error = float(errors_TE.max()) if errors_TE.numel() else 0.0
-    # A score that is wrong would excuse every choice.
-    unit = torch.finfo(selection).eps * float(finite_TE.abs().max()) if finite_TE.numel() else 0.0
-    low = truth_TE.masked_fill(~(only_ours | only_other), math.inf).amin(-1)
-    high = truth_TE.masked_fill(~(only_ours | only_other), -math.inf).amax(-1)
-    tied_T = ~sets_T & ((high - low) <= 2 * min(error, unit * math.sqrt(reduction)) + unit)
+    swapped_TE = mask_ours ^ mask_other
+    low_T = truth_TE.masked_fill(~swapped_TE, math.inf).amin(-1)
+    high_T = truth_TE.masked_fill(~swapped_TE, -math.inf).amax(-1)
+    tied_T = ~sets_T & ((high_T - low_T) <= 2 * error)
 
-    border = 0
-    if num_choices < chosen_TE.shape[1]:
-        best = chosen_TE.topk(num_choices + 1, -1).values
+    border, num_choices = 0, ours_TK.shape[1]
+    if num_choices < scores_TE.shape[1]:
+        best = scores_TE.detach().topk(num_choices + 1, -1).values
         border = int((best[:, -1] == best[:, -2]).sum())
     same, equal_sets, tied = int(same_T.sum()), int(sets_T.sum()), int(tied_T.sum())
-    return Choices(same, equal_sets - same, tied, len(ids_TK) - equal_sets - tied, border)
+    return Choices(same, equal_sets - same, tied, len(ours_TK) - equal_sets - tied, border)
+
+
+def largest_error(value: Tensor, truth: Tensor) -> float:
+    """max |value - truth| over the entries that are finite in both; 0 where there are none."""
+    difference = (value.detach().double() - truth.detach().double()).abs()
+    difference = difference[difference.isfinite()]
+    return float(difference.max()) if difference.numel() else 0.0

@@ -1,29 +1,41 @@
 """Is a replaced model the stock model? Every tensor of a training step, in its dtype.
 
 Three runs of the same rounded weights and tokens: ours; stock with eager experts; and the truth,
-ours in fp64 with every declared dtype raised. In low precision two right implementations choose
-different experts where scores tie, and from there on compute different functions. So the truth is
-run at each one's own choices, and the choices are compared apart, aware of ties. That the truth is
-the stock model's function is shown in fp64 first (`parity`), against stock and its own choices.
+in fp64 throughout, whatever dtype the code asks for on the way. In low precision two right
+implementations choose different experts where scores tie, and from there on compute different
+functions. So the truth is run at each one's own choices; the scores that the choices were made from
+are judged like every other tensor, and the choices are compared apart, aware of ties. That the
+truth is the stock model's function is shown first, in fp64 against stock and its own choices
+(`parity`).
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
-from moetk.equivalence.judge import Choices, Verdict, compare_choices, judge, relative_error
+from moetk.equivalence.judge import (
+    Choices,
+    Verdict,
+    compare_choices,
+    judge,
+    largest_error,
+    relative_error,
+)
 from moetk.layers.recording import record, replay
-from moetk.layers.replace import replace_moe
+from moetk.layers.replace import replace_moe, replacement_of
 from moetk.recorded import Recording
-from moetk.routing import TokenChoice
+from moetk.routing import Routing, TokenChoice
 
 PARITY = 1e-10
+SCORES = ("choice_TE", "scores_TE", "logits_TE")
 
 
 @dataclass(frozen=True)
@@ -70,62 +82,60 @@ def parity(stock: nn.Module, ours: nn.Module, batches: Sequence[Tensor]) -> Pari
 def against_stock(
     stock: nn.Module, ours: nn.Module, batches: Sequence[Tensor], dtype: torch.dtype
 ) -> Equivalence:
-    """Logits and every gradient of `ours` against stock's under the pass rule, in `dtype`.
+    """Logits, scores and every gradient of `ours` against stock's under the pass rule, in `dtype`.
 
     stock: a transformers model; ours: a replaced copy of it with stock routers. Neither changes.
     batches: token ids, (B, S) each; gradients are summed over them.
     """
     eager = _eager(stock).to(dtype)
-    candidate = copy.deepcopy(ours).to(dtype)
-    truth = copy.deepcopy(eager).double()
-    sites = replace_moe(truth, backend="reference").sites
-    _raise_declared(truth)
+    eager_tensors, eager_ids = _run_stock(eager, batches)
+    # The scores behind stock's choices: its own experts and activations, our router reading them.
+    witness = copy.deepcopy(eager)
+    replace_moe(witness, backend="stock")
+    _, of_eager = _run(witness, batches)
+    ours_tensors, of_ours = _run(copy.deepcopy(ours).to(dtype), batches)
 
-    own = Recording(("choice_TE", "scores_TE", "logits_TE"))
-    with _recording_into(candidate, own):
-        ours_tensors = _step(candidate, batches)
-    eager_choices = Recording()
-    with _ids_of_stock(eager, sites, eager_choices):
-        eager_tensors = _step(eager, batches)
-    exact = Recording(("choice_TE", "scores_TE", "logits_TE"))
-    with _recording_into(truth, exact), replay(truth, own):
-        truth_of_ours = _step(truth, batches)
-    with replay(truth, eager_choices):
-        truth_of_eager = _step(truth, batches)
+    truth = copy.deepcopy(eager).double()
+    replace_moe(truth, backend="reference")
+    with _InDouble():
+        at_ours, exact_ours = _run(truth, batches, of_ours)
+        at_eager, exact_eager = _run(truth, batches, eager_ids)
 
     tokens = max(batch.numel() for batch in batches)
     reduction = max(tokens, *(max(p.shape) for p in stock.parameters()))
-    verdicts = tuple(
-        judge(
-            name,
-            ours_tensors[name],
-            eager_tensors[name],
-            truth_of_ours[name],
-            reduction=reduction,
-            eager_truth=truth_of_eager[name],
-        )
+    pairs = {
+        name: (ours_tensors[name], eager_tensors[name], at_ours[name], at_eager[name])
         for name in eager_tensors
+    }
+    choices = Choices(0, 0, 0, 0, 0)
+    for layer in of_ours:
+        mine, theirs = _scores(of_ours, layer), _scores(of_eager, layer)
+        true, true_theirs = _scores(exact_ours, layer), _scores(exact_eager, layer)
+        finite = [t.masked_fill(~t.isfinite(), 0) for t in (mine, theirs, true, true_theirs)]
+        pairs[f"scores of layer {layer}"] = (finite[0], finite[1], finite[2], finite[3])
+        choices = choices + compare_choices(
+            _ids(of_ours, layer),
+            _ids(eager_ids, layer),
+            true,
+            mine,
+            error=largest_error(theirs, true_theirs),
+        )
+    verdicts = tuple(
+        judge(name, a, b, true_a, reduction=reduction, eager_truth=true_b)
+        for name, (a, b, true_a, true_b) in pairs.items()
     )
-    choices = _all_choices(own, eager_choices, exact, dtype, reduction)
     return Equivalence(dtype, verdicts, choices)
 
 
-def _all_choices(
-    ours: Recording, eager: Recording, exact: Recording, dtype: torch.dtype, reduction: int
-) -> Choices:
-    total = Choices(0, 0, 0, 0, 0)
-    for layer in ours:
-        for mine, theirs, true in zip(ours[layer], eager[layer], exact[layer], strict=True):
-            assert isinstance(mine, TokenChoice) and isinstance(theirs, TokenChoice)
-            scores = next(
-                getattr(true, name)
-                for name in ("choice_TE", "scores_TE", "logits_TE")
-                if getattr(mine, name) is not None
-            )
-            total = total + compare_choices(
-                mine, theirs.experts_TK, scores, selection=dtype, reduction=reduction
-            )
-    return total
+def _scores(recording: Recording, layer: int) -> Tensor:
+    """What the layer chose from, over all forwards: (T, E)."""
+    entries = recording[layer]
+    name = next(name for name in SCORES if getattr(entries[0], name) is not None)
+    return torch.cat([getattr(entry, name) for entry in entries])
+
+
+def _ids(recording: Recording, layer: int) -> Tensor:
+    return torch.cat([entry.experts_TK for entry in recording[layer]])  # type: ignore[union-attr]
 
 
 def _eager(model: nn.Module) -> Any:
@@ -150,49 +160,68 @@ def _step(model: Any, batches: Sequence[Tensor]) -> dict[str, Tensor]:
     return tensors
 
 
-def _raise_declared(model: nn.Module) -> None:
-    """Every dtype that a composed router declares, raised to fp64."""
-    for module in model.modules():
-        for name in ("gemm_dtype", "score_dtype"):
-            if name in vars(module):
-                setattr(module, name, torch.float64)
+def _run(
+    model: nn.Module, batches: Sequence[Tensor], choices: Recording | None = None
+) -> tuple[dict[str, Tensor], Recording]:
+    """A step of a replaced model, at the given choices where there are any."""
+    with record(model, fields=SCORES) as recording:
+        if choices is None:
+            return _step(model, batches), recording
+        with replay(model, choices):
+            return _step(model, batches), recording
 
 
-class _recording_into:
-    """`moetk.record`, into a recording that exists."""
+def _run_stock(model: nn.Module, batches: Sequence[Tensor]) -> tuple[dict[str, Tensor], Recording]:
+    """A step of an unmodified model, and the ids its gates returned."""
+    located = copy.deepcopy(model)
+    replace_moe(located)
+    sites = replacement_of(located).sites
+    recording, forward = Recording(), dict[int, list[Routing]]()
 
-    def __init__(self, model: nn.Module, recording: Recording) -> None:
-        self.context = record(model, fields=tuple(recording.fields))
-        self.recording = recording
-
-    def __enter__(self) -> None:
-        made = self.context.__enter__()
-        made._layers = self.recording._layers
-
-    def __exit__(self, *error: Any) -> None:
-        self.context.__exit__(*error)
-
-
-class _ids_of_stock:
-    """Records the ids that unmodified gates return."""
-
-    def __init__(self, model: nn.Module, sites: Sequence[Any], recording: Recording) -> None:
-        self.model, self.sites, self.recording = model, sites, recording
-        self.handles: list[Any] = []
-
-    def __enter__(self) -> None:
-        for site in self.sites:
-            gate = self.model.get_submodule(f"{site.name}.{site.family.router}")
-            self.handles.append(gate.register_forward_hook(self._hook(site)))
-
-    def _hook(self, site: Any) -> Any:
-        def note(module: nn.Module, args: Any, output: tuple[Tensor, ...]) -> None:
+    def note(layer: int, num_experts: int) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, output: tuple[Tensor, ...]) -> None:
             ids = next(tensor for tensor in output if tensor.dtype == torch.int64)
             weights = torch.zeros_like(ids, dtype=torch.float32)
-            self.recording.add(site.layer, TokenChoice(ids, weights, site.spec.num_ids))
+            forward[layer] = [TokenChoice(ids, weights, num_experts)]
 
-        return note
+        return hook
 
-    def __exit__(self, *error: Any) -> None:
-        for handle in self.handles:
+    def close(*_: Any) -> None:
+        recording.append(forward)
+
+    with _hooks(
+        {
+            model.get_submodule(f"{site.name}.{site.family.router}"): note(
+                site.layer, site.spec.num_ids
+            )
+            for site in sites
+        }
+        | {model: close}
+    ):
+        return _step(model, batches), recording
+
+
+@contextmanager
+def _hooks(hooks: Mapping[nn.Module, Callable[..., None]]) -> Iterator[None]:
+    handles = [module.register_forward_hook(hook) for module, hook in hooks.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
             handle.remove()
+
+
+class _InDouble(TorchFunctionMode):
+    """Whoever asks for fp32 gets fp64: norms, rotations, softmaxes and routers of a float64 model,
+    which all compute in fp32 by declaration."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is Tensor.float:
+            return args[0].double()
+        if kwargs.get("dtype") == torch.float32:
+            kwargs["dtype"] = torch.float64
+        args = tuple(torch.float64 if arg is torch.float32 else arg for arg in args)
+        return func(*args, **kwargs)

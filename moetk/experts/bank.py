@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from moetk.errors import MoeShapeError
+from moetk.errors import MoeShapeError, UnsupportedRoutingError
 from moetk.experts.backends import check_backend_name, pick_backend
 from moetk.experts.spec import BankSpec, BankWeights
 from moetk.routing import Routing, TokenChoice
@@ -31,11 +31,18 @@ def bank_forward(
     dtype, the weighted sum in the wider of it and the routing weights', the result has x_TH's.
     Choices with id -1 and dropped ones add nothing.
 
-    Raises BackendError where `backend` cannot run here, MoeShapeError on shapes that disagree.
+    Raises BackendError where `backend` cannot run here, MoeShapeError on shapes that disagree,
+    UnsupportedRoutingError for special experts under anything but a TokenChoice.
     """
     if x_TH.ndim != 2 or x_TH.shape[1] != spec.hidden_size:
         raise MoeShapeError(
             f"{where}: x_TH is {tuple(x_TH.shape)}, expected (T, H={spec.hidden_size})."
+        )
+    spec.check(weights)
+    if spec.special and not isinstance(routing, TokenChoice):
+        raise UnsupportedRoutingError(
+            f"{where}: special experts {spec.special} take tokens that choose them; this routing "
+            f"is a {type(routing).__name__}."
         )
     num_rows = routing.experts_TK.numel() if isinstance(routing, TokenChoice) else len(x_TH)
     chosen = pick_backend(backend, weights.dtype, x_TH.device, num_rows, where)

@@ -167,7 +167,7 @@ def test_inputs_embeds_of_a_hash_layer_say_what_is_missing() -> None:
     ours = replaced(stock("deepseek_v4"))
     message = (
         "DeepseekV4HashRouter in model.layers.0.mlp needs ctx.token_ids, which is None: the model "
-        "was called with inputs_embeds. Pass input_ids as well, or call the layer with "
+        "was called with inputs_embeds. Call it with input_ids, or call the layer with "
         "RouterContext(token_ids=...)."
     )
     with pytest.raises(MissingContextError, match=re.escape(message)):

@@ -119,9 +119,13 @@ def test_replay_reproduces(family: str, reentrant: bool, weights: Any) -> None:
 def elsewhere(recording: Recording) -> Recording:
     """The recording with every choice moved to the next expert."""
     moved = Recording()
-    for layer, entries in recording.items():
-        for routing in entries:
-            moved.add(layer, replace(routing, experts_TK=(routing.experts_TK + 1) % E))
+    for forward in recording.forwards:
+        moved.append(
+            {
+                layer: [replace(one, experts_TK=(one.experts_TK + 1) % E) for one in calls]
+                for layer, calls in forward.items()
+            }
+        )
     return moved
 
 
@@ -163,9 +167,13 @@ def test_capacity_applies_after_the_replayed_choice() -> None:
     with moetk.record(ours) as recording:
         ours(input_ids=ids())
     crowded = Recording()
-    for layer in recording:
-        routing = recording[layer][0]
-        crowded.add(layer, replace(routing, experts_TK=torch.zeros_like(routing.experts_TK)))
+    (forward,) = recording.forwards
+    crowded.append(
+        {
+            layer: [replace(one, experts_TK=torch.zeros_like(one.experts_TK)) for one in calls]
+            for layer, calls in forward.items()
+        }
+    )
     with moetk.replay(ours, crowded), moetk.record(ours) as again:
         ours(input_ids=ids())
     for layer in again:

@@ -192,6 +192,8 @@ def test_an_unused_slot_with_weight() -> None:
 class Chained(nn.Module):
     """Adds the previous layer's weights to its own scores, as ZAYA's routers pass state on."""
 
+    reads_previous = True
+
     def __init__(self, spec: Any) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.randn(spec.num_experts, spec.hidden_size))
@@ -237,6 +239,25 @@ def cut(module: Chained) -> Callable[[Tensor, RouterContext], TokenChoice]:
         return Chained.forward(module, x_TH, ctx)
 
     return forward
+
+
+def test_a_router_that_reads_the_previous_routing_says_so() -> None:
+    """Kept for routers that declare it; anyone else is told, and not given None."""
+
+    def reads(x_TH: Tensor, ctx: RouterContext) -> TokenChoice:
+        if ctx.previous is not None:
+            assert ctx.previous.num_experts == E
+        return even(x_TH, ctx)
+
+    with pytest.raises(ReplaceError, match="Set `reads_previous = True` on the router"):
+        step(replaced(stock("olmoe"), lambda spec: reads))
+    reads.reads_previous = True  # type: ignore[attr-defined]
+    step(replaced(stock("olmoe"), lambda spec: reads))
+
+
+def test_a_layer_that_kept_its_own_router_is_a_previous_one_too() -> None:
+    torch.manual_seed(0)
+    step(replaced(stock("olmoe"), lambda spec: Chained(spec) if spec.moe_index else None))
 
 
 def test_the_first_layer_has_no_previous_routing() -> None:

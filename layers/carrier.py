@@ -142,21 +142,18 @@ class OpenModel:
             raise AuxScaleError(reason)
         labels = _argument(self.names, args, kwargs, "labels")
         shifted = kwargs.get("shift_labels")
-        if isinstance(shifted, Tensor):
-            mask_BS = shifted != -100
-        elif not isinstance(labels, Tensor) or labels.ndim != 2:
-            return  # no label a token: a head over whole sequences
-        elif "CausalLM" in type(module).__name__:
-            # Position s predicts label s + 1; the last position predicts nothing.
-            mask_BS = nn.functional.pad(labels[:, 1:] != -100, (0, 1))
-        else:
-            mask_BS = labels != -100
-        forward.label_mask = mask_BS.reshape(-1)
+        if labels is None and shifted is None:
+            return
+        mask_BS = _carries_label(module, labels, shifted)
+        if mask_BS is not None:
+            forward.label_mask = mask_BS.reshape(-1)
         if not self.carrier.wants_loss:
             return
         items = kwargs.get("num_items_in_batch")
-        share = 1.0 if items is None else mask_BS.sum() / items
-        forward.loss = LossGradient(share, mask_BS.device)
+        share: Tensor | float = 1.0
+        if items is not None and mask_BS is not None:
+            share = mask_BS.sum() / items
+        forward.loss = LossGradient(share, (labels if shifted is None else shifted).device)
 
 
 class CloseModel:
@@ -241,6 +238,18 @@ class _ProbeLoss(torch.autograd.Function):
         if not torch.compiler.is_compiling():  # no side effect on Python objects in a graph
             ctx.arrival.arrived = True
         return grad, None, None
+
+
+def _carries_label(module: nn.Module, labels: Any, shifted: Any) -> Tensor | None:
+    """(B, S) bool: the tokens whose output a label judges; None = labels are not for tokens."""
+    if isinstance(shifted, Tensor):
+        return shifted != -100
+    if not isinstance(labels, Tensor) or labels.ndim != 2:
+        return None
+    if "CausalLM" in type(module).__name__:
+        # Position s predicts label s + 1; the last position predicts nothing.
+        return nn.functional.pad(labels[:, 1:] != -100, (0, 1))
+    return labels != -100
 
 
 def _is_loss(value: Any) -> bool:

@@ -9,6 +9,7 @@ import pytest
 from tests.layers.limits import LIMITS, Limit, able, compiled, compiled_balancing_loss
 from tests.layers.stock import stock
 
+
 def marks(row: Limit, family: str) -> tuple[pytest.MarkDecorator, ...]:
     """Compiling takes seconds: of one row's families the first is tried at once."""
     return (pytest.mark.slow,) if row.attempt is compiled and family != row.families[0] else ()

@@ -46,6 +46,7 @@ def sweep(
 ) -> None:
     """Run every arm with every seed; stop it at any time and start it again."""
     from moetk.sweep.config import load_config
+    from moetk.sweep.report import retry_options
     from moetk.sweep.runner import STATUSES, run_sweep
     from moetk.sweep.watch import watch_for
 
@@ -62,9 +63,9 @@ def sweep(
     rows = run_sweep(config, root, workers=workers, retry=retry or (), watch=watch_for(console))
     bad = [row for row in rows if row["result"]["status"] != "ok"]
     if bad:
-        again = " ".join(f"--retry {s}" for s in sorted({r["result"]["status"] for r in bad}))
         console.print(
-            f"{len(bad)} of {len(rows)} cells did not end well; {again} runs them again.",
+            f"{len(bad)} of {len(rows)} cells did not end well; "
+            f"{retry_options(bad)} runs them again.",
             soft_wrap=True,
             highlight=False,
         )

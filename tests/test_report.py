@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moetk.errors import ConfigError
+from moetk.errors import ConfigError, SaveFailedError
 from moetk.io import RowFile, seal, write_file
 from moetk.sweep import load_summary, write_csv, write_figures, write_parquet, write_report
 from moetk.sweep.figures import colours, relative_load
@@ -214,7 +214,7 @@ def test_every_figure_has_its_table():
         "1.950 (1.900 to 2.000)",
         "-0.150 (-0.200 to -0.100)",
     )
-    assert blocks["load"].table.rows[0] == ("none", "0", "2", "2.00", "0.00", "1.00", "1.00")
+    assert blocks["load"].table.rows[0] == ("none", "0", "0", "2", "2.00", "0.00", "1.00", "1.00")
     assert len(blocks["load"].table.rows) == 2 * 2 * 4
 
 
@@ -230,6 +230,37 @@ def test_an_arm_that_sees_the_future_is_not_ranked():
     assert "not comparable" in text and "sees the future" in text
 
 
+def test_nothing_is_ranked_against_a_baseline_that_sees_the_future():
+    cells = usual()
+    cells["none", 1] = result(0.1, 0.0, causal=False)
+    summary = summarise(*sweep_of(cells))
+    assert summary.arms[1].difference is None and summary.arms[1].gap.steps == ()
+    assert headline(summary) == [
+        "Most even load in the last quarter of training: sign, MaxVio 0.08.",
+        "none, the baseline, sees the future: no loss is compared with it.",
+    ]
+    assert "difference" not in figure_blocks(summary)[0].about
+    text = Page(render(summary)).text
+    assert "Not compared with none, which sees the future" in text and "weakly" not in text
+
+
+def test_the_heat_map_shows_one_seed_of_all_arms_and_names_it():
+    def block(cells):
+        summary = summarise(*sweep_of(cells))
+        return next(block for block in figure_blocks(summary) if block.name == "load")
+
+    cells = usual()
+    assert "seed 0;" in block(cells).about
+    cells["sign", 0] = {"status": "failed", "error": "x"}
+    one = block(cells)
+    assert "seed 1;" in one.about and {row[1] for row in one.table.rows} == {"1"}
+    cells["none", 1] = {"status": "failed", "error": "x"}
+    each = block(cells)
+    assert "a seed of each arm" in each.about
+    assert {row[:2] for row in each.table.rows} == {("none", "0"), ("sign", "1")}
+    assert "none, seed 0" in each.svg and "sign, seed 1" in each.svg
+
+
 def test_a_sweep_with_failures_and_holes_still_reports():
     cells = usual()
     cells["sign", 0] = {"status": "failed", "error": "killed by SIGKILL <oom>"}
@@ -239,6 +270,7 @@ def test_a_sweep_with_failures_and_holes_still_reports():
     assert summary.missing == 1 and len(summary.bad) == 2
     text = Page(render(summary)).text
     assert "killed by SIGKILL <oom>" in text and "1 not run yet" in text
+    assert "Run them again with --retry diverged --retry failed." in text
 
 
 def test_nothing_ended_well():
@@ -277,6 +309,11 @@ def test_files_beside_the_page(folder):
     assert table[0]["train_loss"] == [5.0] * STEPS and table[1]["arm"] == "sign"
     names = sorted(path.name for path in (folder / "figures").iterdir())
     assert names == ["load.svg", "loss.svg", "tradeoff.svg", "violation.svg"]
+
+
+def test_figures_into_a_file_are_refused(folder):
+    with pytest.raises(SaveFailedError, match="results.jsonl cannot be a folder of figures"):
+        write_figures(load_summary(folder), folder / "results.jsonl")
 
 
 def test_folders_without_a_sweep(tmp_path, folder):

@@ -55,6 +55,8 @@ def test_a_file_as_it_reads(tmp_path):
     path.write_text(TOML)
     config = load_config(path)
     assert config.folder == tmp_path and config.source == TOML
+    assert config.command == f"moetk sweep {path}"
+    assert config.limited(3).command == f"moetk sweep {path} --limit-steps 3"
     assert config.sweep.seeds == (0, 1) and config.model.hidden_size == 64
     a, b = config.arms
     assert (a.lr, b.lr) == (None, 1.0) and config.cell(a).lr == config.train.lr

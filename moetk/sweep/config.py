@@ -5,6 +5,7 @@ Every number of a run is here, so that a row in the results says all that was as
 
 from __future__ import annotations
 
+import shlex
 import tomllib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
@@ -159,7 +160,7 @@ class CellConfig:
 @dataclass(frozen=True)
 class Config:
     """A whole sweep. folder: where the TOML lies, and where its "module:function" names resolve.
-    source: the TOML's text. Neither is part of what was asked for."""
+    source: the TOML's text; path: as it was given. None of them is part of what was asked for."""
 
     sweep: SweepSettings
     model: ModelSettings
@@ -168,6 +169,7 @@ class Config:
     arms: tuple[Arm, ...]
     folder: Path
     source: str = ""
+    path: Path = Path("sweep.toml")
 
     def cell(self, arm: Arm) -> CellConfig:
         return CellConfig(self.sweep.steps, self.model, self.data, self.train, arm)
@@ -177,7 +179,7 @@ class Config:
         """What starts this sweep from its source."""
         asked = tomllib.loads(self.source).get("sweep", {}).get("steps", self.sweep.steps)
         limit = "" if asked == self.sweep.steps else f" --limit-steps {self.sweep.steps}"
-        return f"moetk sweep sweep.toml{limit}"
+        return f"moetk sweep {shlex.quote(str(self.path))}{limit}"
 
     def settings(self) -> dict[str, Any]:
         """As plain JSON values, arms by name."""
@@ -219,7 +221,7 @@ def load_config(path: Path) -> Config:
         raise ConfigError(f"{path} cannot be read: {error.strerror}.") from None
     except ValueError as error:
         raise ConfigError(f"{path} is not TOML: {error}.") from None
-    return replace(parse_config(raw, path.resolve().parent), source=source)
+    return replace(parse_config(raw, path.resolve().parent), source=source, path=path)
 
 
 def parse_config(raw: Mapping[str, Any], folder: Path) -> Config:

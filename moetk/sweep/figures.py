@@ -53,14 +53,16 @@ def colours(summary: Summary) -> dict[str, str]:
 
 def loss_figure(summary: Summary) -> str:
     """Held-out loss over steps, and beside it what the eye cannot see there: the difference to the
-    baseline, seed by seed. Bands span the seeds."""
+    baseline, seed by seed, where there is any. Bands span the seeds."""
+    compared = any(arm.gap.steps for arm in summary.arms)
     with _drawn(10.6, 4.0) as (figure, text):
-        left, right = figure.subplots(1, 2, width_ratios=(1, 1))
+        left, *right = figure.subplots(1, 2 if compared else 1, squeeze=False)[0]
         _curves(left, summary, lambda arm: arm.loss)
         left.set_ylabel("held-out loss (nats per byte)")
-        _curves(right, summary, lambda arm: arm.gap)
-        right.axhline(0, color=BASELINE_COLOUR, lw=1.9)
-        right.set_ylabel(f"difference to {summary.baseline}")
+        for axes in right:
+            _curves(axes, summary, lambda arm: arm.gap)
+            axes.axhline(0, color=BASELINE_COLOUR, lw=1.9)
+            axes.set_ylabel(f"difference to {summary.baseline}")
         _legend(figure, left)
     return text[0]
 
@@ -101,15 +103,17 @@ def tradeoff_figure(summary: Summary) -> str:
 
 
 def load_figure(summary: Summary) -> str | None:
-    """Share of choices by expert over training, a row for each layer and a column for each arm,
-    first seed. None where no cell counted anything."""
-    shown = [(arm, arm.good[0]["result"]["load"]) for arm in summary.arms if arm.good]
+    """Share of choices by expert over training, a row for each layer and a column for each arm:
+    summary.shown. None where no cell counted anything."""
+    shown = list(summary.shown.values())
     if not shown:
         return None
-    layers = list(shown[0][1]["layers"])
+    layers = list(shown[0]["result"]["load"]["layers"])
+    one_seed = len({cell["seed"] for cell in shown}) == 1
     with _drawn(2.55 * len(shown) + 1.1, 1.75 * len(layers) + 0.9) as (figure, text):
         grid = figure.subplots(len(layers), len(shown), squeeze=False, sharex=True, sharey=True)
-        for column, (arm, load) in enumerate(shown):
+        for column, cell in enumerate(shown):
+            name, load = cell["arm"], cell["result"]["load"]
             for row, layer in enumerate(layers):
                 axes = grid[row][column]
                 shares = relative_load(load["layers"][layer])
@@ -124,7 +128,8 @@ def load_figure(summary: Summary) -> str | None:
                 )
                 axes.grid(False)
                 if row == 0:
-                    axes.set_title(arm.name, color=colours(summary)[arm.name])
+                    title = name if one_seed else f"{name}, seed {cell['seed']}"
+                    axes.set_title(title, color=colours(summary)[name])
                 if row == len(layers) - 1:
                     axes.set_xlabel("step")
                 if column == 0:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from moetk.errors import ConfigError
+from moetk.errors import ConfigError, SaveFailedError
 from moetk.io import write_file
 from moetk.sweep import figures
-from moetk.sweep.store import read_sweep
+from moetk.sweep.store import Row, read_sweep
 from moetk.sweep.summary import ArmSummary, Curve, Summary, chance_agreement, summarise
 
 EXTRA = "install it with  pip install 'moetk[sweep]'"
@@ -55,7 +56,12 @@ def write_report(summary: Summary, path: Path) -> None:
 
 def write_figures(summary: Summary, folder: Path) -> None:
     """Write every figure as NAME.svg. Raises ConfigError without matplotlib, SaveFailedError."""
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SaveFailedError(
+            error.errno, f"{folder} cannot be a folder of figures ({error.strerror})."
+        ) from None
     for block in _blocks(summary):
         if block.svg is not None:
             write_file(folder / f"{block.name}.svg", block.svg.encode())
@@ -83,6 +89,7 @@ def render(summary: Summary) -> str:
         signed=signed,
         parts=parts,
         chance_agreement=chance_agreement,
+        retry=retry_options(summary.bad),
         sees_future=[arm.name for arm in summary.arms if arm.causal is False],
         environment=environment_facts(summary),
         settings=json.dumps(shared_settings(summary), indent=2),
@@ -101,12 +108,14 @@ def _blocks(summary: Summary) -> list[FigureBlock]:
 def figure_blocks(summary: Summary) -> list[FigureBlock]:
     """The figures in the page's order."""
     seeds = "the band spans the seeds" if len(_seeds(summary)) > 1 else "one seed"
+    gap = f", and its difference to {summary.baseline} with the same seed"
+    load_seeds = {row["seed"] for row in summary.shown.values()}
     return [
         FigureBlock(
             "loss",
             "Held-out loss",
-            f"Loss on files that no cell trained on, and its difference to {summary.baseline} with "
-            f"the same seed; line = mean, {seeds}.",
+            f"Loss on files that no cell trained on{'' if summary.baseline_sees_future else gap}; "
+            f"line = mean, {seeds}.",
             figures.loss_figure(summary),
             _curve_table(summary, "loss", "gap"),
         ),
@@ -121,7 +130,7 @@ def figure_blocks(summary: Summary) -> list[FigureBlock]:
         FigureBlock(
             "load",
             "Who gets the tokens",
-            f"Load of every expert over training, seed {_seeds(summary)[0]}; white = even, "
+            f"Load of every expert over training, {_one_or_each(load_seeds)}; white = even, "
             "red = more, blue = less, darkest blue = none.",
             figures.load_figure(summary),
             _load_table(summary),
@@ -147,6 +156,10 @@ def headline(summary: Summary) -> list[str]:
         if summary.baseline in known and best != summary.baseline:
             text += f" ({summary.baseline}: {known[summary.baseline]:.2f})"
         sentences.append(text + ".")
+    if summary.baseline_sees_future:
+        sentences.append(
+            f"{summary.baseline}, the baseline, sees the future: no loss is compared with it."
+        )
     verdicts: dict[str, list[str]] = {}
     for arm in summary.arms:
         if arm.difference is not None and arm.causal is not False:
@@ -192,6 +205,11 @@ def environment_facts(summary: Summary) -> list[tuple[str, str]]:
     return [(name, value) for name, value in facts if value]
 
 
+def retry_options(bad: Sequence[Row]) -> str:
+    """What runs these cells again: "--retry failed --retry timeout"."""
+    return " ".join(f"--retry {status}" for status in sorted({r["result"]["status"] for r in bad}))
+
+
 def shared_settings(summary: Summary) -> dict[str, Any]:
     settings = dict(summary.plan["settings"])
     return {table: settings[table] for table in ("sweep", "model", "data", "train")}
@@ -227,6 +245,10 @@ def _seeds(summary: Summary) -> list[int]:
     return seeds
 
 
+def _one_or_each(seeds: set[int]) -> str:
+    return f"seed {min(seeds)}" if len(seeds) == 1 else "a seed of each arm: none is good in all"
+
+
 def _sizes(data: dict[str, Any]) -> str:
     sizes = {key: value for key, value in data.items() if key not in ("kind", "sha256")}
     return ", ".join(f"{value:,} {key.replace('_', ' ')}" for key, value in sizes.items())
@@ -252,13 +274,15 @@ def _curve_table(summary: Summary, *names: str) -> Table:
 def _load_table(summary: Summary) -> Table:
     rows: list[tuple[str, ...]] = []
     experts = 0
-    for arm in (arm for arm in summary.arms if arm.good):
-        load = arm.good[0]["result"]["load"]
+    for name, cell in summary.shown.items():
+        load, seed = cell["result"]["load"], str(cell["seed"])
         for layer, windows in load["layers"].items():
             for step, shares in zip(load["steps"], figures.relative_load(windows), strict=True):
                 experts = max(experts, len(shares))
-                rows.append((arm.name, layer, str(step), *(f"{share:.2f}" for share in shares)))
-    return Table(("arm", "layer", "to step", *(f"e{e}" for e in range(experts))), tuple(rows))
+                rows.append((name, seed, layer, str(step), *(f"{share:.2f}" for share in shares)))
+    return Table(
+        ("arm", "seed", "layer", "to step", *(f"e{e}" for e in range(experts))), tuple(rows)
+    )
 
 
 def _cell_table(summary: Summary) -> Table:

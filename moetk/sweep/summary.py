@@ -66,7 +66,8 @@ class ArmSummary:
     """One arm. Numbers are over the cells that ended well; None where none did.
 
     max_violation: MaxVio of all held-out choices together; train_violation: of the last quarter of
-    training. gap: held-out loss minus the baseline's of the same seed.
+    training. gap: held-out loss minus the baseline's of the same seed. difference and gap are
+    left out where the baseline sees the future: nothing is to be gained on such a loss.
     """
 
     name: str
@@ -102,6 +103,20 @@ class Summary:
         return len(self.plan["cells"]) - len(self.rows)
 
     @property
+    def baseline_sees_future(self) -> bool:
+        return any(arm.causal is False for arm in self.arms if arm.name == self.baseline)
+
+    @property
+    def shown(self) -> dict[str, Row]:
+        """One good cell of each arm that has one, all of the same seed where there is such a seed:
+        the first in the order of the TOML."""
+        seeds = [{row["seed"]: row for row in arm.good} for arm in self.arms if arm.good]
+        order = self.plan["settings"]["sweep"]["seeds"]
+        common = [seed for seed in order if all(seed in found for found in seeds)]
+        picked = [found[common[0]] if common else next(iter(found.values())) for found in seeds]
+        return {row["arm"]: row for row in picked}
+
+    @property
     def bad(self) -> tuple[Row, ...]:
         return tuple(row for row in self.rows if row["result"]["status"] != "ok")
 
@@ -113,9 +128,11 @@ def summarise(plan: Mapping[str, Any], rows: Sequence[Row]) -> Summary:
     names = list(dict.fromkeys(cell["arm"] for cell in plan["cells"]))
     names.sort(key=lambda name: name != baseline)
     arms = []
+    others = good_cells([row for row in rows if row["arm"] == baseline])
+    if _causal(others) is False:
+        others = ()
     for name in names:
         cells = tuple(row for row in rows if row["arm"] == name)
-        others = good_cells([row for row in rows if row["arm"] == baseline])
         arms.append(_arm(name, plan["settings"]["arms"][name], cells, others, name == baseline))
     return Summary(plan, tuple(rows), tuple(arms), baseline)
 
@@ -134,7 +151,6 @@ def _arm(
 ) -> ArmSummary:
     results = [row["result"] for row in good_cells(cells)]
     drops = [result["drop_fraction"] for result in results if result["drop_fraction"] is not None]
-    verdicts = {result["causal"] for result in results}
     return ArmSummary(
         name=name,
         settings=settings,
@@ -144,12 +160,17 @@ def _arm(
         train_violation=spread([result["train_max_violation"] for result in results]),
         drop_fraction=mean(drops) if drops else None,
         difference=None if is_baseline else paired_difference(good_cells(cells), baseline),
-        # One seed that sees the future is enough.
-        causal=False if False in verdicts else (True if verdicts == {True} else None),
+        causal=_causal(good_cells(cells)),
         loss=_curve([dict(result["held_out"]) for result in results]),
         gap=_curve([] if is_baseline else _gaps(good_cells(cells), baseline)),
         violation=_curve([_windowed(result) for result in results]),
     )
+
+
+def _causal(cells: Sequence[Row]) -> bool | None:
+    """One seed that sees the future is enough; None where no seed was asked."""
+    verdicts = {row["result"]["causal"] for row in cells}
+    return False if False in verdicts else (True if verdicts == {True} else None)
 
 
 def spread(values: Sequence[float]) -> Spread | None:

@@ -19,7 +19,8 @@ from moetk.sweep.child import serve
 
 def describe(job):
     code = {"moetk": {"a.py": "1"}, "modules": {}, "versions": {"python": "3"}}
-    return {"data": {"kind": "fake", "sha256": "d"}, "code": code, "places": {"mine": "where/mine.py"}}
+    places = {"mine": "where/mine.py"}
+    return {"data": {"kind": "fake", "sha256": "d"}, "code": code, "places": places}
 
 def run(job, send):
     settings, seed = job["settings"], job["seed"]
@@ -106,6 +107,9 @@ def test_errors_are_one_line(moetk, tmp_path):
         2,
         "ConfigError: --limit-steps 0; allowed: 1 or more.\n",
     )
+    code, _, err = moetk("sweep", "toy.toml", "--out", "toy.toml")
+    assert code == 1 and err.count("\n") == 1
+    assert "toy.toml cannot be a sweep's folder (Not a directory)" in err
     assert moetk("report", "nowhere")[0] == 2
     assert moetk("sweep", "toy.toml", "--limit-steps", 1)[0] == 0
     code, _, err = moetk("sweep", "toy.toml")

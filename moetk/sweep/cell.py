@@ -45,7 +45,8 @@ def describe(job: dict[str, Any]) -> dict[str, Any]:
             raise ConfigError(
                 f"[[arm]] {cell.arm.name} cannot train a step: {type(error).__name__}: {error}"
             ) from error
-    places = {name: str(source_of(sys.modules[name])) for name in sorted(_users_modules(cells))}
+    found = {name: source_of(sys.modules[name]) for name in sorted(_users_modules(cells))}
+    places = {name: str(path) for name, path in found.items() if path is not None}
     return {"data": corpus.about, "code": _code(folder, cells), "places": places}
 
 
@@ -115,10 +116,10 @@ def _must_be(world: World, data: dict[str, Any], code: dict[str, Any]) -> None:
     lines = world.differences(data, code)
     if lines:
         raise SweepMismatchError(
-            f"code or data changed while the sweep ran: {'; '.join(lines[:5])}. The cells that ran "
-            "left no row. Restore the value and start the sweep again to resume, or use another "
-            "--out. (nothing -> a module: it was imported late; import it at the top of the "
-            "module that the TOML names.)"
+            f"code or data changed while the sweep ran: {'; '.join(lines[:5])}. The cell left no "
+            "row: restore what changed and start the sweep again to resume, or use another --out. "
+            "(nothing -> a module: it was imported late; import it at the top of the module that "
+            "the TOML names.)"
         )
 
 

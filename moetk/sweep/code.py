@@ -51,8 +51,8 @@ def _package_files(package: Path) -> dict[str, str]:
 
 def _loaded_modules(folder: Path, packages: set[str]) -> dict[str, str]:
     # Resolved as the modules are: an environment may be reached through a link.
-    places = [sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")]
-    installed = [Path(place).resolve() for place in (*places, Path(moetk.__file__).parent)]
+    places = [Path(sysconfig.get_path(name)) for name in ("stdlib", "purelib", "platlib")]
+    installed = [place.resolve() for place in (*places, Path(moetk.__file__).parent)]
     found = {}
     for name, module in list(sys.modules.items()):
         path = source_of(module)

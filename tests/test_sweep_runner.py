@@ -45,6 +45,9 @@ def run(job, send):
     send({"step": 1, "steps": settings["steps"], "loss": 1.0})
     helper = os.fork() if seed == args.get("helper") else None
     if helper == 0:
+        if "left" in args:
+            os.setsid()
+            Path(args["left"]).write_text(str(os.getpid()))
         Path(args["log"]).open("a").write("helper\\n")
         time.sleep(600)
     time.sleep(args.get("sleep", 0))
@@ -178,6 +181,17 @@ def test_a_finished_or_dead_cell_is_not_waited_for_because_of_its_helpers(sweep)
     assert statuses(sweep.run()) == {("a", 0): "ok", ("b", 0): "failed"}
     assert time.monotonic() - started < 60
     FileLock(sweep.root / "lock", patience=2).release()
+
+
+def test_a_helper_that_left_the_session_does_not_hold_the_sweep(sweep):
+    left = sweep.folder / "pid"
+    sweep.write({"a": {"helper": 0, "left": str(left), "sleep": 1}}, seeds=[0], timeout=500)
+    started = time.monotonic()
+    try:
+        assert statuses(sweep.run()) == {("a", 0): "ok"}
+        assert time.monotonic() - started < 60
+    finally:
+        os.kill(int(left.read_text()), signal.SIGKILL)
 
 
 def test_helpers_end_with_a_killed_runner(sweep):

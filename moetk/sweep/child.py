@@ -62,6 +62,8 @@ def _private_stdout() -> Send:
     """Keep the pipe for events; anything that prints, in C too, writes to the log instead."""
     pipe = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
+    # While a helper held it, the runner would wait for a cell that has ended: it gets the log too.
+    os.register_at_fork(after_in_child=lambda: os.dup2(2, pipe.fileno(), inheritable=False))
     lock = threading.Lock()
 
     def send(event: dict[str, Any]) -> None:

@@ -50,8 +50,6 @@ class CellProcess:
         """
         process, said = self._process, Event()
         assert process.stdin is not None and process.stdout is not None
-        ending = threading.Thread(target=self._end_helpers, daemon=True)
-        ending.start()
         timer = threading.Timer(timeout, self._out_of_time)
         timer.daemon = True
         timer.start()
@@ -66,11 +64,11 @@ class CellProcess:
                     on_step(event)
                 else:
                     said.update(event)
-            ending.join()
+            # Not reaped yet: its number cannot belong to another process when helpers are killed.
+            os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
         finally:
             timer.cancel()
             self.kill()
-            ending.join()
             process.wait()
             process.stdout.close()
             with contextlib.suppress(BrokenPipeError):
@@ -99,12 +97,6 @@ class CellProcess:
 
     def _out_of_time(self) -> None:
         self._late.set()
-        self.kill()
-
-    def _end_helpers(self) -> None:
-        """Once the cell has ended: its helpers would hold the pipe, and so us, open."""
-        # Not reaped yet: its number cannot belong to another process when they are killed.
-        os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOWAIT)
         self.kill()
 
 

@@ -82,9 +82,13 @@ class Visit:
             )
         return calls[self.call]
 
-    def context(self, layer: int, where: str, previous: Routing | None = None) -> RouterContext:
+    def context(self, layer: int, where: object, previous: Routing | None = None) -> RouterContext:
         """The router's view of this visit of decoder layer `layer`."""
         forward, replay = self.forward, self.replayed(layer)
+        # A compiled layer would be compiled anew for every seed, and draws no noise anyway.
+        seed = None
+        if forward.seed is not None and not torch.compiler.is_compiling():
+            seed = mix(forward.seed, layer, self.call)
         return RouterContext(
             token_ids=forward.token_ids,
             positions=forward.positions,
@@ -93,7 +97,7 @@ class Visit:
             batch_shape=forward.batch_shape,
             previous=previous,
             replay=None if replay is None else getattr(replay, "experts_TK", None),
-            seed=None if forward.seed is None else mix(forward.seed, layer, self.call),
+            seed=seed,
             where=where,
         )
 

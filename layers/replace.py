@@ -42,7 +42,7 @@ from moetk.layers.shells import (
     RouterShell,
     Site,
 )
-from moetk.layers.swap import extend, withdraw
+from moetk.layers.swap import extend, own_class, withdraw
 from moetk.routers import MixtralRouter
 from moetk.routing import Routing
 
@@ -345,6 +345,7 @@ def _site(
         layer=layer_index(item.layer_name, index),
         index=index,
         top_k=int(item.gate.top_k),  # type: ignore[arg-type]
+        gate_name=own_class(item.gate).__name__,
         family=item.family,
         gate_row=item.family.gate_row(item.gate),
         order=item.family.order(item.gate),

@@ -30,6 +30,16 @@ PARTS = "_moetk_parts"
 CUSTOM = "moetk"
 
 
+class _Route:
+    """The router of a site, in messages."""
+
+    def __init__(self, site: Site) -> None:
+        self.site = site
+
+    def __str__(self) -> str:
+        return f"{self.site.label or self.site.gate_name} in {self.site.name}"
+
+
 @dataclass(eq=False)
 class Site:
     """What is constant for one mixture-of-experts layer of one model.
@@ -41,6 +51,7 @@ class Site:
     layer: int
     index: int
     top_k: int
+    gate_name: str
     family: Family
     gate_row: Gate
     order: Order
@@ -56,17 +67,25 @@ class Site:
     settings: Mapping[str, Any] = field(default_factory=dict)
     active: bool = True
 
+    def __post_init__(self) -> None:
+        self.route = _Route(self)
+
     def context(
         self, visit: Visit | None, token_ids: Tensor | None = None, router: Any = None
     ) -> RouterContext:
         if visit is None:
-            return RouterContext(token_ids=token_ids, where=self.name)
+            return RouterContext(token_ids=token_ids, where=self)
         previous = None
         if router is not None and self.index > 0:
             reads = getattr(router, "reads_previous", False)
             kept = visit.forward.previous.get(self.index - 1)
             previous = kept if reads else _Withheld(self.name, _UNDECLARED)
-        return visit.context(self.layer, self.name, previous)  # type: ignore[arg-type]
+        return visit.context(self.layer, self, previous)  # type: ignore[arg-type]
+
+    def __str__(self) -> str:
+        """For messages. Written only when one is: a name built on every call would be a constant
+        of the compiled layer, and no two layers could share code."""
+        return self.name
 
     def check_inside(self, visit: Visit | None) -> None:
         """Raise ReplaceError in a recompute that began below the decoder layer: it knows neither
@@ -154,7 +173,7 @@ class RouterShell:
             routing,
             len(x_TH),
             site.spec.num_ids,
-            where=f"{site.label or type(self).__name__} in {site.name}",
+            where=site.route,
             duplicates=duplicates,
             values=site.check,
             batch_shape=ctx.batch_shape,
@@ -193,7 +212,7 @@ class ExpertsShell:
                 x_RH,
                 local,
                 site.backend,
-                where=f"{site.name}.{site.family.experts}",
+                where=site,
             )
         y_TH = site.dispatcher.combine(y_RH, handle)
         if visit is not None and visit.forward.recordings and not _recomputing():

@@ -16,8 +16,9 @@ _FIXES = {
     "RouterContext(batch_shape=(B, S)).",
     "previous": "this is the first mixture-of-experts layer, or the layer was called on its own. "
     "Give the first layer a router that does not read it.",
-    "seed": "the layer was called on its own in training mode. Call it with "
-    "RouterContext(seed=...), a different seed for every call.",
+    "seed": "the layer was called on its own in training mode, or compiled. Call it with "
+    "RouterContext(seed=...), a different seed for every call; under torch.compile no noise is "
+    "drawn.",
 }
 
 
@@ -33,7 +34,7 @@ class RouterContext:
     replay: (T, K) int64, the choice to take instead of one's own.
     seed: for noise; differs for every step, micro-batch and layer, and is the same again when
         activation checkpointing runs the call a second time.
-    where: the layer's name, for messages.
+    where: the layer, for messages.
     """
 
     token_ids: Tensor | None = None
@@ -45,7 +46,7 @@ class RouterContext:
     previous: Routing | None = None
     replay: Tensor | None = None
     seed: int | None = None
-    where: str = ""
+    where: object = ""
 
     def require(self, name: str, reader: object = None) -> Tensor:
         """The field `name`; raises MissingContextError when the model did not provide it."""

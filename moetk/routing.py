@@ -164,7 +164,7 @@ def check_routing(
     num_tokens: int,
     num_experts: int,
     *,
-    where: str,
+    where: object,
     duplicates: bool = False,
     values: bool | None = None,
     batch_shape: tuple[int, int] | None = None,
@@ -204,14 +204,16 @@ def _shape(tensor: Tensor) -> str:
     return str(tuple(tensor.shape))
 
 
-def _check_count(got: int, num_experts: int, where: str) -> None:
+def _check_count(got: int, num_experts: int, where: object) -> None:
     if num_experts and got != num_experts:
         raise MoeShapeError(
             f"{where}: num_experts={got} in the routing, but the bank has {num_experts} experts."
         )
 
 
-def _check_dtypes(ids: Tensor, weights: Tensor, id_name: str, weight_name: str, where: str) -> None:
+def _check_dtypes(
+    ids: Tensor, weights: Tensor, id_name: str, weight_name: str, where: object
+) -> None:
     if ids.dtype != torch.int64:
         raise MoeDtypeError(f"{where}: {id_name} is {ids.dtype}; ids are torch.int64.")
     if not weights.dtype.is_floating_point:
@@ -222,7 +224,7 @@ def _check_token_choice(
     routing: TokenChoice,
     num_tokens: int,
     num_experts: int,
-    where: str,
+    where: object,
     duplicates: bool,
     values: bool | None,
 ) -> None:
@@ -295,7 +297,7 @@ def _check_token_choice(
 
 
 def _check_expert_choice(
-    routing: ExpertChoice, num_tokens: int, num_experts: int, where: str, values: bool | None
+    routing: ExpertChoice, num_tokens: int, num_experts: int, where: object, values: bool | None
 ) -> None:
     ids, weights = routing.tokens_EC, routing.weights_EC
     if ids.ndim != 2 or weights.shape != ids.shape:
@@ -334,7 +336,7 @@ def _check_soft_choice(
     routing: SoftChoice,
     num_tokens: int,
     num_experts: int,
-    where: str,
+    where: object,
     batch_shape: tuple[int, int] | None,
 ) -> None:
     dispatch, combine = routing.dispatch_BSP, routing.combine_BSP

@@ -102,7 +102,7 @@ def check_backend_name(name: str) -> None:
 
 
 def pick_backend(
-    name: str, dtype: torch.dtype, device: torch.device, num_rows: int, where: str = "the bank"
+    name: str, dtype: torch.dtype, device: torch.device, num_rows: int, where: object = "the bank"
 ) -> Backend:
     """The backend of that name, or the table's for "auto".
 

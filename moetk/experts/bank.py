@@ -23,7 +23,7 @@ def bank_forward(
     routing: Routing,
     backend: str = "auto",
     *,
-    where: str = "the bank",
+    where: object = "the bank",
 ) -> Tensor:
     """Each row through its experts, weighted and summed over its choices: (T, H) -> (T, H).
 

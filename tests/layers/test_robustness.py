@@ -300,3 +300,19 @@ def test_a_layer_from_parts_says_what_it_dropped_and_resumes_its_controllers() -
     layer = MoELayer(MixtralRouter(8, 4, 2), ExpertBank(8, 4, 8), dispatcher=Local(Capacity(0.25)))
     _, routing = layer(torch.randn(2, 16, 8))
     assert int(dropped(routing)) == int((~routing.kept_TK).sum()) > 0  # type: ignore[union-attr]
+
+
+def test_compiled_layers_share_their_code() -> None:
+    """Nothing in the forward is a constant of one layer: ten layers need no ten graphs."""
+    from torch._dynamo.utils import counters
+
+    torch._dynamo.reset()
+    counters.clear()
+    model = tiny("qwen3_moe", num_hidden_layers=6).train()
+    replace_moe(model)
+    for layer in model.model.layers:
+        layer.compile(backend="aot_eager")
+    for seed in range(2):
+        model(input_ids=ids(seed=seed), labels=ids(seed=seed), use_cache=False).loss.backward()
+    assert counters["stats"]["unique_graphs"] <= 2
+    torch._dynamo.reset()

@@ -26,8 +26,7 @@ PYTHON = ">=3.11"
 CORE = (
     "torch>=2.10",
     "transformers>=5.17,<6",
-    "einops>=0.8",
-    "numpy>=1.26",
+    "numpy>=1.26",  # Transformers imports it, moetk does not
     "safetensors>=0.6",
     "typer>=0.15",
     "rich>=13.9",
@@ -52,7 +51,10 @@ GUESTS = (
         "matplotlib", "matplotlib", "the figures of a sweep's report", 'pip install "moetk[sweep]"'
     ),
     Guest("jinja2", "jinja2", "the page of a sweep's report", 'pip install "moetk[sweep]"'),
-    Guest("pyarrow", "pyarrow", "a sweep's load histories", 'pip install "moetk[sweep]"'),
+    Guest(
+        "pyarrow", "pyarrow", "a sweep's cells and curves as parquet", 'pip install "moetk[sweep]"'
+    ),
+    Guest("einops", "einops", LATER + "tensor layouts by name", "pip install einops"),
     Guest("triton", "triton", LATER + "GPU kernels", "comes with torch's CUDA builds"),
     Guest("jax", "jax", LATER + "JAX functions and checkpoints", "pip install jax"),
     Guest(

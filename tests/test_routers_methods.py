@@ -221,14 +221,13 @@ class TestExpertChoice:
         routing.weights_EC.sum().backward()
         assert x_TH.grad is not None
 
-    def test_is_not_causal_and_says_so(self):
+    def test_is_not_causal(self):
         router, ctx = seeded(ExpertChoiceRouter(H, 2, 1), 0), RouterContext(batch_shape=(1, 4))
         toward_first_H = (router.weight[0] - router.weight[1]).detach()
         x_TH = torch.tensor([[3.0], [2.0], [1.0], [0.0]]) * toward_first_H
         assert router(x_TH, ctx).tokens_EC[0].tolist() == [0, 1]
         x_TH[3] = 9 * toward_first_H  # the last token changes, and an earlier one is pushed out
         assert router(x_TH, ctx).tokens_EC[0].tolist() == [3, 0]
-        assert ExpertChoiceRouter.causal is False and SoftMoERouter.causal is False
 
     def test_a_replay_raises(self):
         ctx = RouterContext(replay=torch.zeros(4, 1, dtype=torch.int64))

@@ -16,8 +16,6 @@ class ExpertChoiceRouter(LinearRouter):
     scores, not rescaled. Not causal: a later token can push an earlier one out.
     """
 
-    causal = False
-
     def forward(self, x_TH: Tensor, ctx: RouterContext) -> ExpertChoice:
         logits_TE = self.logits(x_TH)
         scores_TE = logits_TE.softmax(-1, dtype=self.score_dtype)

@@ -21,8 +21,6 @@ class SoftMoERouter(nn.Module):
     ReplayError under a replay: nothing is chosen here.
     """
 
-    causal = False
-
     def __init__(self, hidden_size: int, num_experts: int, slots: int = 1) -> None:
         super().__init__()
         check_whole(

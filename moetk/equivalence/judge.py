@@ -12,6 +12,7 @@ of ties.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -81,6 +82,24 @@ def judge(
         relative_error(ours, truth),
         relative_error(eager, against),
         floor(ours.dtype, reduction),
+    )
+
+
+def judge_together(verdicts: Sequence[Verdict]) -> tuple[Verdict]:
+    """One verdict for tensors of a handful of numbers each (norms' and mixers' scales), in which a
+    sum over all tokens cancels: alone their error is a single draw, and so is eager's; the root
+    mean square over them is not."""
+
+    def rms(values: Iterable[float]) -> float:
+        return math.sqrt(sum(value**2 for value in values) / len(verdicts))
+
+    return (
+        Verdict(
+            f"{len(verdicts)} gradients of a few numbers, together",
+            rms(verdict.error for verdict in verdicts),
+            rms(verdict.eager_error for verdict in verdicts),
+            max(verdict.floor for verdict in verdicts),
+        ),
     )
 
 

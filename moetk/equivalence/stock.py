@@ -26,6 +26,7 @@ from moetk.equivalence.judge import (
     Verdict,
     compare_choices,
     judge,
+    judge_together,
     largest_error,
     relative_error,
 )
@@ -35,6 +36,7 @@ from moetk.recorded import Recording
 from moetk.routing import Routing, TokenChoice
 
 PARITY = 1e-10
+FEW = 8  # numbers: the error of fewer is what chance gives them, and they are judged together
 SCORES = ("choice_TE", "scores_TE", "logits_TE")
 
 
@@ -120,11 +122,13 @@ def against_stock(
             mine,
             error=largest_error(theirs, true_theirs),
         )
-    verdicts = tuple(
-        judge(name, a, b, true_a, reduction=reduction, eager_truth=true_b)
+    verdicts = {
+        name: judge(name, a, b, true_a, reduction=reduction, eager_truth=true_b)
         for name, (a, b, true_a, true_b) in pairs.items()
-    )
-    return Equivalence(dtype, verdicts, choices)
+    }
+    few = [name for name, (value, *_) in pairs.items() if value.numel() <= FEW]
+    together = judge_together([verdicts.pop(name) for name in few]) if few else ()
+    return Equivalence(dtype, (*verdicts.values(), *together), choices)
 
 
 def _scores(recording: Recording, layer: int) -> Tensor:

@@ -8,7 +8,6 @@ import torch
 from safetensors.torch import load_file
 
 import moetk
-from moetk.equivalence.judge import FACTOR
 from moetk.equivalence.stock import against_stock, parity
 from moetk.io.digest import sha256_file
 from tests.layers.stock import assert_equal, replaced, step, stock
@@ -36,21 +35,10 @@ def test_routers_leave_no_trace(family: str, dtype: torch.dtype) -> None:
 @families
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_pass_rule(family: str, dtype: torch.dtype) -> None:
-    """Each tensor alone; but gradients of a handful of numbers, in which a sum over all tokens
-    cancels (deepseek_v4's mixing scales), have the error that chance gives them: those together."""
     model = stock(family, torch.float32)
-    few = {f"grad {n}" for n, p in model.named_parameters() if p.numel() <= 8}
-    ours, few_verdicts = replaced(model), []
-    for seed in (1, 2):
-        found = against_stock(model, ours, [ids(seed=seed)], dtype)
-        assert found.choices.ok, found.choices
-        for verdict in found.verdicts:
-            if verdict.name in few:
-                few_verdicts.append(verdict)
-            else:
-                assert verdict.ok, verdict
-    squares = [(v.error**2, v.eager_error**2) for v in few_verdicts]
-    assert sum(ours for ours, _ in squares) <= FACTOR**2 * sum(eager for _, eager in squares)
+    found = against_stock(model, replaced(model), [ids(seed=seed) for seed in (1, 2)], dtype)
+    assert found.choices.ok, found.choices
+    assert found.ok, found.worst
 
 
 @families

@@ -1,6 +1,7 @@
 """Run one function on several gloo processes, with a deadline."""
 
 import datetime
+import faulthandler
 import tempfile
 import time
 from collections.abc import Callable
@@ -29,6 +30,7 @@ def run_on_ranks(body: Callable[[int], None], ranks: int = 2) -> None:
 
 
 def _rank(rank: int, ranks: int, store: str, body: Callable[[int], None]) -> None:
+    faulthandler.enable()  # a rank that is aborted from C++ says which line it was at
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo",

@@ -32,13 +32,17 @@ from tests.losses.parts import ANY, ids, route
 LOSSES = [
     LoadBalancingLoss(0.5),
     LoadBalancingLoss(0.5, scope="sequence"),
-    LoadBalancingLoss(0.5, scope="global_batch", reduce=lambda counts: counts),
+    LoadBalancingLoss(0.5, scope="global_batch", reduce=torch.clone),
     DeepSeekSequenceLoss(0.5),
     GShardLoss(0.5),
     RouterZLoss(0.5),
     ImportanceLoss(0.5),
     LoadLoss(0.5),
 ]
+
+
+def named(loss):
+    return f"{type(loss).__name__}-{getattr(loss, 'scope', '')}"
 
 
 def test_labels_decide_over_padding_and_padding_over_all():
@@ -57,7 +61,7 @@ def test_labels_decide_over_padding_and_padding_over_all():
     torch.testing.assert_close(RouterZLoss(1.0)(routing, both), router_z(routing.logits_TE[labels]))
 
 
-@pytest.mark.parametrize("loss", LOSSES, ids=repr)
+@pytest.mark.parametrize("loss", LOSSES, ids=named)
 def test_no_tokens_and_no_counted_tokens_give_zero_with_a_graph(loss):
     for T, ctx in [
         (0, RouterContext(batch_shape=(0, 3))),
@@ -71,7 +75,7 @@ def test_no_tokens_and_no_counted_tokens_give_zero_with_a_graph(loss):
         assert torch.equal(routing.logits_TE.grad, torch.zeros(T, 4))
 
 
-@pytest.mark.parametrize("loss", LOSSES, ids=repr)
+@pytest.mark.parametrize("loss", LOSSES, ids=named)
 def test_every_loss_is_finite_at_k_equal_e_and_scales_with_its_coefficient(loss):
     routing = route(6, 3, 3)
     ctx = RouterContext(batch_shape=(2, 3))
@@ -84,7 +88,7 @@ def test_every_loss_is_finite_at_k_equal_e_and_scales_with_its_coefficient(loss)
         torch.testing.assert_close(value, torch.tensor(0.5))
 
 
-@pytest.mark.parametrize("loss", LOSSES, ids=repr)
+@pytest.mark.parametrize("loss", LOSSES, ids=named)
 def test_nan_in_an_uncounted_row_stays_there(loss):
     clean, dirty = route(6, 4, 2), route(6, 4, 2)
     mask = torch.tensor([True, True, False, True, True, True])
@@ -99,7 +103,7 @@ def test_nan_in_an_uncounted_row_stays_there(loss):
     assert torch.equal(got[mask], wanted[mask])
 
 
-@pytest.mark.parametrize("loss", LOSSES, ids=repr)
+@pytest.mark.parametrize("loss", LOSSES, ids=named)
 def test_losses_trace_whole(loss):
     routing = route(8, 4, 2)
     ctx = RouterContext(batch_shape=(2, 4), label_mask=torch.arange(8) % 3 > 0)

@@ -111,6 +111,7 @@ class Carrier:
         self.now: ModelForward | None = None
         self.pending: ModelForward | None = None
         self.wants_loss = False
+        self.wants_labels = False
         self.keeps_previous = False
         self.refuse_hf_aux: str | None = None
         self.recordings: tuple[Recording, ...] = ()
@@ -146,7 +147,7 @@ class OpenModel:
             raise AuxScaleError(reason)
         labels = _argument(self.names, args, kwargs, "labels")
         shifted = kwargs.get("shift_labels")
-        if labels is None and shifted is None:
+        if not self.carrier.wants_labels or (labels is None and shifted is None):
             return
         mask_BS = _carries_label(module, labels, shifted)
         if mask_BS is not None:

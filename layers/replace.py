@@ -250,6 +250,7 @@ def replace_moe(
         carrier.wants_loss = bool(losses) and aux_scale is None
         routers = [_build(router, spec) for spec in specs_of(found, root)]
         _refuse_shared(routers)
+        carrier.wants_labels = bool(router or losses or controllers)
         carrier.keeps_previous = any(getattr(made, "reads_previous", False) for made in routers)
         if any(list(made.parameters()) for made in routers if isinstance(made, nn.Module)):
             _refuse_distributed(model)

@@ -164,17 +164,20 @@ class RouterShell:
             routing = site.gate_row.router.forward(self, x_TH, ctx)
             if site.gate_row.weight_dtype == "model":
                 routing = replace(routing, weights_TK=routing.weights_TK.to(x_TH.dtype))
-            duplicates = True  # the catalogue's selections are distinct by construction, or mean it
+            duplicates = site.gate_row.router.duplicates
+            # A table or a recording may name any expert; a selection names those there are.
+            trusted = not duplicates and ctx.replay is None
         else:
             ctx = _guarded(ctx, x_TH)
             routing = router(x_TH, ctx)
-            duplicates = getattr(router, "duplicates", False)
+            trusted, duplicates = False, getattr(router, "duplicates", False)
         check_routing(
             routing,
             len(x_TH),
             site.spec.num_ids,
             where=site.route,
             duplicates=duplicates,
+            trusted=trusted,
             values=site.check,
             batch_shape=ctx.batch_shape,
         )

@@ -166,6 +166,7 @@ def check_routing(
     *,
     where: object,
     duplicates: bool = False,
+    trusted: bool = False,
     values: bool | None = None,
     batch_shape: tuple[int, int] | None = None,
 ) -> None:
@@ -174,6 +175,7 @@ def check_routing(
     num_experts: experts of the bank, special ones included; 0 = not known, not compared.
     where: named in every message, "CosineRouter in model.layers.3.mlp".
     duplicates: the router declares that one token may name one expert twice (hash tables).
+    trusted: the ids come from moetk's own selection; only the weights' finiteness is looked at.
     values: look at the values too. None = on the CPU outside torch.compile, where that costs no
         wait; elsewhere shapes and dtypes only.
     batch_shape: (B, S), what a SoftChoice is compared with.
@@ -181,7 +183,10 @@ def check_routing(
     Raises MoeShapeError, MoeDtypeError, ExpertIndexError, DuplicateExpertError,
     RoutingWeightError, NonFiniteRoutingError.
     """
-    if isinstance(routing, TokenChoice):
+    if trusted and isinstance(routing, TokenChoice):
+        if _looks_at_values(values, routing.weights_TK):
+            _check_finite(routing.weights_TK, where)
+    elif isinstance(routing, TokenChoice):
         _check_token_choice(routing, num_tokens, num_experts, where, duplicates, values)
     elif isinstance(routing, ExpertChoice):
         _check_expert_choice(routing, num_tokens, num_experts, where, values)
@@ -260,15 +265,7 @@ def _check_token_choice(
             f"{column}, but there are {routing.num_experts} experts "
             f"(0..{routing.num_experts - 1}; -1 = unused)."
         )
-    finite = bool(torch.isfinite(weights.detach().sum()))
-    if not finite and not bool(torch.isfinite(weights).all()):
-        bad = ~torch.isfinite(weights)
-        token, column = _first(bad)
-        raise NonFiniteRoutingError(
-            f"{where}: weights_TK has {int(bad.sum())} values that are not finite, the first "
-            f"({float(weights[token, column])}) at token {token}, column {column}: the input or "
-            "the router's weights hold NaN or infinity. check=False lets such rows through."
-        )
+    _check_finite(weights, where)
     if int(low) < 0:
         loose = (ids < 0) & (weights != 0)
         if bool(loose.any()):
@@ -294,6 +291,19 @@ def _check_token_choice(
                 f"{where}: token {token} names an expert twice, {ids[token].tolist()}. A router "
                 "that means it (a hash table) declares `duplicates = True`; both then count."
             )
+
+
+def _check_finite(weights: Tensor, where: object) -> None:
+    # The sum first: one number says for all that they are finite.
+    finite = bool(torch.isfinite(weights.detach().sum()))
+    if not finite and not bool(torch.isfinite(weights).all()):
+        bad = ~torch.isfinite(weights)
+        token, column = _first(bad)
+        raise NonFiniteRoutingError(
+            f"{where}: weights_TK has {int(bad.sum())} values that are not finite, the first "
+            f"({float(weights[token, column])}) at token {token}, column {column}: the input or "
+            "the router's weights hold NaN or infinity. check=False lets such rows through."
+        )
 
 
 def _check_expert_choice(

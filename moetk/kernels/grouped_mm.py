@@ -42,11 +42,17 @@ def grouped_outer(x_NA: Tensor, y_NB: Tensor, offsets_E: Tensor) -> Tensor:
 def _torch_kernel_takes(left: Tensor, right: Tensor) -> bool:
     """torch's kernel takes bf16 on the device, fp32 and bf16 on the CPU, and rows of whole 16
     bytes; inductor compiles it in bf16 only."""
-    bf16 = left.dtype == torch.bfloat16
-    on_cpu = left.device.type == "cpu" and left.dtype == torch.float32
-    if not (bf16 or (on_cpu and not torch.compiler.is_compiling())) or left.numel() == 0:
+    dtype = left.dtype
+    if dtype == torch.bfloat16:
+        lanes = 7
+    elif dtype == torch.float32 and left.device.type == "cpu" and not torch.compiler.is_compiling():
+        lanes = 3
+    else:
         return False
-    return all(size * left.element_size() % 16 == 0 for size in (left.shape[1], *right.shape[1:]))
+    widths = left.shape[1] | right.shape[-1] | right.shape[-2]
+    if right.ndim == 2:  # rows pair up, their number is free
+        widths = left.shape[1] | right.shape[1]
+    return left.numel() > 0 and not widths & lanes
 
 
 def _zero_tail(y_NB: Tensor, offsets_E: Tensor) -> Tensor:

@@ -28,6 +28,7 @@ class LinearRouter(nn.Module):
     dtypes are floating or None.
     """
 
+    duplicates = False  # True = one token may name one expert twice, and means it
     num_experts: int
     top_k: int
     gemm_dtype: torch.dtype | None = None

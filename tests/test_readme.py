@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -62,3 +64,8 @@ def test_the_reloaded_model_has_the_trained_router(reader: dict[str, Any]) -> No
 def test_every_path_the_readme_names_exists(path: str) -> None:
     parts = path.removeprefix("./").split()
     assert (ROOT / parts[0]).exists(), path
+
+
+def test_the_table_is_what_the_rows_say() -> None:
+    command = [sys.executable, str(ROOT / "scripts" / "readme_table.py"), "--check"]
+    assert subprocess.run(command, check=False).returncode == 0

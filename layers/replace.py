@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from moetk.context import RouterContext
 from moetk.dispatch import Dispatcher, Local
 from moetk.errors import (
     BackendError,
-    MoetkError,
     ReplaceError,
     RouterConfigError,
     UnsupportedModelError,
@@ -21,14 +19,20 @@ from moetk.errors import (
 from moetk.experts.backends import check_backend_name
 from moetk.layers.attach import Attachment, Controller, Loss, Reduce, Steered, name_of, step_all
 from moetk.layers.carrier import Carrier, CloseBase, CloseModel, OpenBase, OpenModel
+from moetk.layers.factory import (
+    Factory,
+    Router,
+    build,
+    label_of,
+    refuse_distributed,
+    refuse_shared,
+)
 from moetk.layers.find import (
-    BlockSpec,
     Found,
     expects_experts,
     find_blocks,
     layer_index,
     root_of,
-    runs_on,
     specs_of,
 )
 from moetk.layers.saving import SavingShell, mark
@@ -44,14 +48,8 @@ from moetk.layers.shells import (
 )
 from moetk.layers.swap import extend, own_class, withdraw
 from moetk.routers import MixtralRouter
-from moetk.routing import Routing
 
 REPLACEMENT = "_moetk_replacement"
-_WRAPPERS = {"DistributedDataParallel": "DistributedDataParallel", "FSDPModule": "fully_shard"}
-
-
-Router = Callable[[Tensor, RouterContext], Routing]
-Factory = Callable[[BlockSpec], Router | None]
 
 
 class Replacement:
@@ -68,7 +66,7 @@ class Replacement:
         self.model, self.carrier, self.sites = model, carrier, tuple(sites)
         self._found, self._routers = found, routers
         self._hooks: list[Any] = []
-        self.label = _label(routers)
+        self.label = label_of(routers)
 
     @property
     def steered(self) -> list[Steered]:
@@ -248,12 +246,12 @@ def replace_moe(
     try:
         carrier = Carrier(torch.initial_seed() if seed is None else seed)
         carrier.wants_loss = bool(losses) and aux_scale is None
-        routers = [_build(router, spec) for spec in specs_of(found, root)]
-        _refuse_shared(routers)
+        routers = [build(router, spec) for spec in specs_of(found, root)]
+        refuse_shared(routers)
         carrier.wants_labels = bool(router or losses or controllers)
         carrier.keeps_previous = any(getattr(made, "reads_previous", False) for made in routers)
         if any(list(made.parameters()) for made in routers if isinstance(made, nn.Module)):
-            _refuse_distributed(model)
+            refuse_distributed(model)
         sites = [
             _site(
                 n, item, made, carrier, losses, controllers, backend, dispatcher, aux_scale, check
@@ -268,63 +266,6 @@ def replace_moe(
             earlier.install()
         raise
     return replacement
-
-
-def _build(factory: Factory | None, spec: BlockSpec) -> Router | None:
-    if factory is None:
-        return None
-    try:
-        router = factory(spec)
-    except MoetkError as error:
-        error.add_note(f"while building the router of {spec.name}")
-        raise
-    if router is not None and not callable(router):
-        raise RouterConfigError(
-            f"router factory returned {type(router).__name__} for {spec.name}; it returns a "
-            "callable (x_TH, ctx) -> Routing, or None to keep the stock router."
-        )
-    if router is spec.gate:
-        raise RouterConfigError(
-            f"router factory returned the stock gate of {spec.name}; return None to keep it."
-        )
-    if isinstance(router, nn.Module):
-        device, dtype = runs_on(spec.gate), next(spec.gate.parameters()).dtype
-        for parameter in router.parameters():
-            parameter.data = parameter.data.to(device, dtype)
-        # Buffers keep their dtype: a bias of e_score_correction_bias's kind freezes in bf16.
-        for name, buffer in list(router.named_buffers()):
-            owner = router.get_submodule(name.rpartition(".")[0])
-            owner._buffers[name.rpartition(".")[2]] = buffer.to(device)
-        router.train(spec.module.training)
-    return router
-
-
-def _refuse_shared(routers: Sequence[Router | None]) -> None:
-    modules = [made for made in routers if isinstance(made, nn.Module)]
-    if len({id(made) for made in modules}) < len(modules):
-        raise RouterConfigError(
-            "The router factory returned one module for several layers; a checkpoint could not "
-            "tell them apart. Return a new router for each layer."
-        )
-
-
-def _refuse_distributed(model: nn.Module) -> None:
-    """A wrapper that is there already does not know of parameters that come now: each rank would
-    train its own."""
-    for module in model.modules():
-        wrappers = [cls.__name__ for cls in type(module).__mro__ if cls.__name__ in _WRAPPERS]
-        if wrappers:
-            raise ReplaceError(
-                f"{type(module).__name__} is under {_WRAPPERS[wrappers[0]]} already, which would "
-                "not see the parameters of a custom router: each rank would train its own. Replace "
-                "first, then wrap or shard."
-            )
-
-
-def _label(routers: Iterable[Router | None]) -> str:
-    """The routers' names, for humans and for the check on load; never imported from."""
-    names = [name_of(made) for made in routers if made is not None]
-    return ", ".join(dict.fromkeys(names))
 
 
 def _site(

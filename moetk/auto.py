@@ -9,7 +9,8 @@ from typing import Any
 import transformers
 
 from moetk.layers.attach import Controller, Loss
-from moetk.layers.replace import Factory, replace_moe
+from moetk.layers.factory import Factory
+from moetk.layers.replace import replace_moe
 from moetk.layers.saving import check_mark, load_custom, load_state, stored_mark
 
 

@@ -11,13 +11,16 @@ from __future__ import annotations
 import argparse
 import csv
 import platform
+import subprocess
 import time
 from collections.abc import Callable
 from datetime import date
 from itertools import product
 from pathlib import Path
+from statistics import median, quantiles
 
 import torch
+import transformers
 from torch import Tensor
 
 from moetk import TokenChoice
@@ -29,15 +32,16 @@ BANKS = ((8, 2), (64, 8))
 TOKENS = (1, 4, 16, 64, 256, 1024)
 
 
-def microseconds(call: Callable[[], object], repeats: int) -> float:
-    """The lower quartile: what interrupts a process only ever adds."""
+def microseconds(call: Callable[[], object], repeats: int) -> tuple[float, float, float]:
+    """The median, p20 and p80."""
     call()
     times = []
     for _ in range(repeats):
         start = time.process_time_ns()
         call()
         times.append(time.process_time_ns() - start)
-    return sorted(times)[repeats // 4] / 1e3
+    low, *_, high = quantiles(times, n=5)
+    return median(times) / 1e3, low / 1e3, high / 1e3
 
 
 def one_bank(dtype: torch.dtype, num_experts: int, top_k: int, num_tokens: int) -> list[Tensor]:
@@ -52,6 +56,11 @@ def one_bank(dtype: torch.dtype, num_experts: int, top_k: int, num_tokens: int) 
     return [ids_TK, *(tensor.requires_grad_() for tensor in tensors)]
 
 
+def commit() -> str:
+    out = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    return out.stdout.strip() or "unknown"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
@@ -63,7 +72,9 @@ def main() -> None:
         "threads": 1,
         "cpu": platform.processor() or platform.machine(),
         "torch": torch.__version__,
-        "command": "python scripts/bench_backends.py",
+        "transformers": transformers.__version__,
+        "commit": commit(),
+        "command": f"python scripts/bench_backends.py --out {options.out}",
         "seed": 0,
         "date": date.today().isoformat(),
     }
@@ -78,8 +89,8 @@ def main() -> None:
                 return bank_forward(spec, weights, x_TH, routing, name)  # noqa: B023
 
             with torch.no_grad():
-                inference = microseconds(forward, 40)
-            training = microseconds(lambda: forward().sum().backward(), 16)
+                inference, *_ = microseconds(forward, 40)
+            training, low, high = microseconds(lambda: forward().sum().backward(), 16)
             shape = f"E={num_experts} K={top_k} T={num_tokens} H=I={WIDTH}"
             dtype_name = str(dtype).removeprefix("torch.")
             print(
@@ -92,6 +103,8 @@ def main() -> None:
                     "shape": shape,
                     "forward_us": round(inference),
                     "forward_backward_us": round(training),
+                    "p20_us": round(low),
+                    "p80_us": round(high),
                     **world,
                 }
             )

@@ -62,14 +62,14 @@ def _row_experts(plan: SortPlan) -> Tensor:
     return torch.searchsorted(plan.offsets_E, rows_N, right=True)
 
 
-def _add_bias(y_NB: Tensor, bias_EB: Tensor, plan: SortPlan) -> Tensor:
+def _bias_rows(bias_EB: Tensor, plan: SortPlan) -> Tensor:
+    """(N, B): the bias of each row's expert; 0 where the row is nobody's."""
     experts_N = _row_experts(plan)
     bias_NB = bias_EB.index_select(0, experts_N.clamp(max=bias_EB.shape[0] - 1))
-    used_N1 = (experts_N < bias_EB.shape[0])[:, None]
-    return y_NB + bias_NB.masked_fill(~used_N1, 0)
+    return bias_NB.masked_fill((experts_N == bias_EB.shape[0])[:, None], 0)
 
 
-def _bias_gradient(dy_NB: Tensor, plan: SortPlan, num_experts: int) -> Tensor:
+def _bias_gradient(dy_NB: Tensor, plan: SortPlan) -> Tensor:
     """Sum of each expert's rows, as a product with ones: no atomics, accumulated like a GEMM."""
     ones_N1 = dy_NB.new_ones(dy_NB.shape[0], 1)
     if dy_NB.is_cuda:  # the device kernel wants rows of 16 bytes
@@ -107,7 +107,7 @@ class _GatherUp(torch.autograd.Function):
             rows_NH, up if transposed else up.transpose(1, 2), plan.offsets_E, full=plan.full
         )
         if up_bias is not None:
-            h_NJ = _add_bias(h_NJ, up_bias, plan)
+            h_NJ = h_NJ + _bias_rows(up_bias, plan)
         ctx.save_for_backward(x_TH, scale_TK, up)
         ctx.plan, ctx.transposed, ctx.has_bias = plan, transposed, up_bias is not None
         return h_NJ
@@ -133,7 +133,7 @@ class _GatherUp(torch.autograd.Function):
             left, right = (rows_NH, dh_NJ) if ctx.transposed else (dh_NJ, rows_NH)
             dup = grouped_outer(left, right, plan.offsets_E)
         if ctx.has_bias and need[3]:
-            dbias = _bias_gradient(dh_NJ, plan, up.shape[0])
+            dbias = _bias_gradient(dh_NJ, plan)
         return dx_TH, dscale_TK, dup, dbias, None, None
 
 
@@ -154,7 +154,7 @@ class _DownCombine(torch.autograd.Function):
             a_NI, down if transposed else down.transpose(1, 2), plan.offsets_E, full=plan.full
         )
         if down_bias is not None:
-            o_NH = _add_bias(o_NH, down_bias, plan)
+            o_NH = o_NH + _bias_rows(down_bias, plan)
         ctx.save_for_backward(a_NI, weights_TK, down, down_bias)
         ctx.plan, ctx.transposed = plan, transposed
         return gather_sum(o_NH, plan.slot_TK, weights_TK)
@@ -180,9 +180,7 @@ class _DownCombine(torch.autograd.Function):
                 wide = torch.promote_types(da_NI.dtype, w_N1.dtype)
                 dw_N = (da_NI.to(wide) * a_NI).sum(-1)
                 if down_bias is not None:
-                    dw_N = dw_N + (_add_bias(torch.zeros_like(dy_NH), down_bias, plan) * dy_NH).sum(
-                        -1
-                    )
+                    dw_N = dw_N + (_bias_rows(down_bias, plan) * dy_NH).sum(-1)
                 dweights_TK = _spread(dw_N, plan).to(weights_TK.dtype)
             if need[0]:
                 assert da_NI is not None
@@ -193,7 +191,7 @@ class _DownCombine(torch.autograd.Function):
                 left, right = (a_NI, weighted_NH) if ctx.transposed else (weighted_NH, a_NI)
                 ddown = grouped_outer(left, right, plan.offsets_E)
             if down_bias is not None and need[3]:
-                dbias = _bias_gradient(weighted_NH, plan, down.shape[0])
+                dbias = _bias_gradient(weighted_NH, plan)
         return da_NI, dweights_TK, ddown, dbias, None, None
 
 

@@ -116,3 +116,11 @@ class SweepMismatchError(MoetkError, ValueError):
 
 class SweepLockedError(MoetkError, RuntimeError):
     """Another process is writing this sweep's folder."""
+
+
+class LawBrokenError(MoetkError, AssertionError):
+    """A part breaks a law of its kind."""
+
+
+class EquivalenceError(MoetkError, ValueError):
+    """Two implementations cannot be compared as they were given."""

@@ -1,0 +1,1 @@
+"""What a wrong stage would read, defect by defect."""

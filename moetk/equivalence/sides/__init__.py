@@ -1,0 +1,1 @@
+"""One kind of implementation each, cut into stages."""

@@ -1,0 +1,1 @@
+"""Laws for users' own parts, and hypothesis strategies to draw their inputs."""

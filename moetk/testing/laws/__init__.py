@@ -1,0 +1,1 @@
+"""The laws, one file a kind of part; each file ends in the tuple LAWS."""

@@ -1,0 +1,1 @@
+"""What hypothesis draws: plain values and seeds, from which tensors are built."""

@@ -19,8 +19,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
+from moetk.equivalence.double import InDouble
 from moetk.equivalence.judge import (
     Choices,
     Verdict,
@@ -99,7 +99,7 @@ def against_stock(
 
     truth = copy.deepcopy(eager).double()
     replace_moe(truth, backend="reference")
-    with _InDouble():
+    with InDouble():
         at_ours, exact_ours = _run(truth, batches, of_ours)
         at_eager, exact_eager = _run(truth, batches, eager_ids)
 
@@ -213,19 +213,3 @@ def _hooks(hooks: Mapping[nn.Module, Callable[..., None]]) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-class _InDouble(TorchFunctionMode):
-    """Whoever asks for fp32 gets fp64: norms, rotations, softmaxes and routers of a float64 model,
-    which all compute in fp32 by declaration."""
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
-    ) -> Any:
-        kwargs = dict(kwargs or {})
-        if func is Tensor.float:
-            return args[0].double()
-        if kwargs.get("dtype") == torch.float32:
-            kwargs["dtype"] = torch.float64
-        args = tuple(torch.float64 if arg is torch.float32 else arg for arg in args)
-        return func(*args, **kwargs)

@@ -128,9 +128,10 @@ def observe(
     with torch.enable_grad():
         stages = dict(side.run(x_TH, forced))
         leaves = side.leaves()
-        roots: list[tuple[Tensor | Scattered, Tensor | None]] = [
-            (stages[name], None) for name in ROOTS if name in stages
-        ][:1]
+        roots: list[tuple[Tensor | Scattered, Tensor | None]] = []
+        last = next((stages[name] for name in ROOTS if name in stages), None)
+        if last is not None:
+            roots.append((last, None))
         for name, gradient in (upstream or {}).items():
             if name in stages and name in forced:
                 roots.append((stages[name], gradient))

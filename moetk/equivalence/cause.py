@@ -1,0 +1,111 @@
+"""Why does a stage differ? A cause states what the stage would read with a known defect.
+
+A cause is believed only where its prediction is what was read, to rounding; so a cause that is
+named is right, or cannot be told apart from the right one on this input, and then both are named.
+What matches nothing is "unknown".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from moetk.equivalence.judge import relative_error
+from moetk.equivalence.trace import EXACT, Trace
+
+
+@dataclass(frozen=True, eq=False)
+class Evidence:
+    """What is known where two sides first differ.
+
+    stage: "weights", or "grad up" for a gradient. a, b: both sides on equal inputs of the stage;
+    in fp64 where both have a twin in fp64, else in their own dtype. own_a, own_b: the same left to
+    themselves, each with its own choices. x_TH: the layer's input, in the dtype of a and b.
+    facts: the reference's (see Side.facts), other_facts: the other's. parameters: the reference's,
+    by common names and in common layouts, in the dtype of a. tolerance: relative error up to which
+    a prediction counts as what was read.
+    """
+
+    stage: str
+    a: Trace
+    b: Trace
+    own_a: Trace
+    own_b: Trace
+    x_TH: Tensor
+    facts: Mapping[str, Any]
+    other_facts: Mapping[str, Any]
+    parameters: Mapping[str, Tensor]
+    tolerance: float
+
+    @property
+    def wanted(self) -> Tensor:
+        """The stage as the reference has it."""
+        return read(self.own_a if self.stage == "indices" else self.a, self.stage)
+
+    @property
+    def found(self) -> Tensor:
+        """The stage as the other side has it."""
+        return read(self.own_b if self.stage == "indices" else self.b, self.stage)
+
+    def equals(self, predicted: Tensor | None) -> bool:
+        """Whether `predicted` is what the other side read, and not also what it should read."""
+        if predicted is None or predicted.shape != self.found.shape:
+            return False
+        return same(self.found, predicted, self) and not same(self.wanted, predicted, self)
+
+
+def read(trace: Trace, stage: str) -> Tensor:
+    """A stage's value, or for "grad NAME" its gradient."""
+    if stage.startswith("grad "):
+        return trace.grads[stage.removeprefix("grad ")]
+    return trace.values[stage]
+
+
+def same(found: Tensor, predicted: Tensor, evidence: Evidence) -> bool:
+    if evidence.stage in EXACT:
+        return bool((found == predicted).all())
+    return deviation(found, predicted) <= evidence.tolerance
+
+
+def deviation(value: Tensor, truth: Tensor) -> float:
+    """Relative error over the entries that are finite in both; inf where one of them is not
+    finite and the other is another number."""
+    value, truth = value.detach().double(), truth.detach().double()
+    if value.shape != truth.shape:
+        return float("inf")
+    finite = value.isfinite() & truth.isfinite()
+    agree = (value == truth) | (value.isnan() & truth.isnan())
+    if not bool((finite | agree).all()):
+        return float("inf")
+    return relative_error(value.masked_fill(~finite, 0), truth.masked_fill(~finite, 0))
+
+
+@dataclass(frozen=True)
+class Cause:
+    """name: as a reader of a report should see it, "renormalisation missing". stages: where it
+    shows first. fix: what to look at. matches: whether it explains the evidence."""
+
+    name: str
+    stages: tuple[str, ...]
+    fix: str
+    matches: Callable[[Evidence], bool]
+
+
+def cause(
+    name: str, *stages: str, fix: str
+) -> Callable[[Callable[[Evidence], Tensor | None]], Cause]:
+    """Make a cause of a function that predicts what the stage reads with the defect, None where it
+    cannot be said."""
+
+    def make(predict: Callable[[Evidence], Tensor | None]) -> Cause:
+        return Cause(name, stages, fix, lambda evidence: evidence.equals(predict(evidence)))
+
+    return make
+
+
+def diagnose(evidence: Evidence, causes: Sequence[Cause]) -> tuple[Cause, ...]:
+    """Every cause of this stage that explains the evidence; none = unknown."""
+    return tuple(one for one in causes if evidence.stage in one.stages and one.matches(evidence))

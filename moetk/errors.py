@@ -5,6 +5,8 @@ A message names the tensor or setting, its shape or value, the module it sits in
 
 from __future__ import annotations
 
+from typing import Any
+
 
 class MoetkError(Exception):
     """Base of every error moetk raises."""
@@ -119,7 +121,9 @@ class SweepLockedError(MoetkError, RuntimeError):
 
 
 class LawBrokenError(MoetkError, AssertionError):
-    """A part breaks a law of its kind."""
+    """A part breaks a law of its kind. report: the whole check's, `moetk.testing.LawReport`."""
+
+    report: Any = None
 
 
 class EquivalenceError(MoetkError, ValueError):

@@ -76,6 +76,12 @@ class Law(Generic[S]):
     broken: Callable[[], S]
     unless: Callable[[S], str | None]
 
+    def judge(self, subject: S, case: Case) -> None:
+        """Check one case. The same case is the same world: a part's own randomness starts anew."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            self.check(subject, case)
+
 
 def law(
     number: str,
@@ -130,10 +136,7 @@ def judge_law(the_law: Law[S], subject: S, *, examples: int, derandomize: bool =
         nonlocal tried
         tried += 1
         try:
-            # The same draw is the same input: a part's own randomness starts anew each time.
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(0)
-                the_law.check(subject, case)
+            the_law.judge(subject, case)
         except UnsatisfiedAssumption:
             raise
         except Exception as error:
@@ -142,14 +145,13 @@ def judge_law(the_law: Law[S], subject: S, *, examples: int, derandomize: bool =
 
     try:
         run()
-    except Exception as error:
+    except Exception:
         if not last:  # the strategy itself failed: not the part's fault
             raise
         # hypothesis runs the smallest failing case last
         case, cause = last[-1]
         told = str(cause) if isinstance(cause, Breach) else f"{type(cause).__name__}: {cause}"
         shown = cause.tensors if isinstance(cause, Breach) else {}
-        del error
         return Outcome(the_law, "broken", told, case, shown, tried, time.perf_counter() - start)
     return Outcome(the_law, "kept", examples=tried, seconds=time.perf_counter() - start)
 

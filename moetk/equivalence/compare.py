@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import platform
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from moetk.equivalence.cause import Evidence, deviation, diagnose, read
 from moetk.equivalence.causes.all import CAUSES
 from moetk.equivalence.double import InDouble
 from moetk.equivalence.judge import Choices, Verdict, compare_choices, floor, largest_error
-from moetk.equivalence.report import Report, Row
+from moetk.equivalence.report import Question, Report, Row
 from moetk.equivalence.sides.pick import side_of
 from moetk.equivalence.trace import EXACT, GIVEN, STAGES, Side, Trace, observe
 from moetk.errors import EquivalenceError
@@ -83,18 +83,15 @@ def compare(
     notes += [f"only {side_a.name} shows {name}" for name in only_a]
     notes += [f"only {side_b.name} shows {name}" for name in only_b]
     rows = tuple(_row(stage, own_a, own_b, function, arithmetic) for stage in stages)
+    question = Question(a, b, x.detach(), ctx, routing, seed)
     report = Report(
-        side_a.name, side_b.name, rows, (), choices, tuple(notes), own_a, own_b, None, x,
+        side_a.name, side_b.name, rows, (), choices, tuple(notes), own_a, own_b, None, question,
         _environment(),
     )  # fmt: skip
     if report.first is None:
         return report
     evidence = _evidence(report.first, side_a, side_b, x_TH, own_a, own_b, function, arithmetic)
-    found = diagnose(evidence, CAUSES)
-    return Report(
-        side_a.name, side_b.name, rows, found, choices, tuple(notes), own_a, own_b, evidence, x,
-        _environment(),
-    )  # fmt: skip
+    return replace(report, causes=diagnose(evidence, CAUSES), evidence=evidence)
 
 
 @dataclass(frozen=True, eq=False)

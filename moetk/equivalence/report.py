@@ -4,12 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
+from moetk.context import RouterContext
 from moetk.equivalence.cause import Cause, Evidence
 from moetk.equivalence.judge import Choices, Verdict
 from moetk.equivalence.trace import Trace
+from moetk.routing import Routing
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+@dataclass(frozen=True, eq=False)
+class Question:
+    """What `compare` was asked, so that it can be asked again, of fewer tokens."""
+
+    a: Any
+    b: Any
+    x: Tensor
+    ctx: RouterContext | None = None
+    routing: Routing | None = None
+    seed: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,7 +85,7 @@ class Report:
     own_a: Trace
     own_b: Trace
     evidence: Evidence | None
-    x: torch.Tensor
+    question: Question
     environment: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -82,3 +102,49 @@ class Report:
         if self.ok:
             return ""
         return " or ".join(one.name for one in self.causes) or "unknown"
+
+    def __str__(self) -> str:
+        return self.table()
+
+    def table(self) -> str:
+        """Every stage in a line, then what `explain` says; at most 120 columns wide."""
+        from moetk.equivalence.table import table
+
+        return table(self)
+
+    def explain(self) -> str:
+        """How the two chose, where they first differ, why, and what to look at."""
+        from moetk.equivalence.table import explain
+
+        return explain(self)
+
+    def plot(self, path: Path | str | None = None) -> Figure:
+        """The error of every stage, and how far each token was from another choice. Written to
+        `path` (.svg, .png, .pdf) where there is one.
+
+        Raises ConfigError without matplotlib, SaveFailedError."""
+        from moetk.equivalence.plot import plot, save
+
+        return save(plot(self), path)
+
+    def to_json(self, path: Path | str | None = None) -> str:
+        """All of it but the tensors, as JSON; numbers that are not finite are null. Written to
+        `path` where there is one. Raises SaveFailedError."""
+        from moetk.equivalence.as_json import report_fields, to_json
+
+        return to_json(report_fields(self), path)
+
+    def repro(self, folder: Path | str, build_a: Any = None, build_b: Any = None) -> Path:
+        """Write `test_repro.py` and its tensors into the new folder: the fewest tokens on which the
+        same stage still differs first. Returns the test's path.
+
+        build_a, build_b: how the test makes the parts: "module:function", a function that can be
+        imported, or the folder of a checkpoint. Without both the test judges the stored values and
+        says where the code goes.
+
+        Raises EquivalenceError where nothing differs, ConfigError for a builder that cannot be
+        named in a file, SaveFailedError.
+        """
+        from moetk.equivalence.repro import write_repro
+
+        return write_repro(self, Path(folder), build_a, build_b)

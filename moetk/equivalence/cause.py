@@ -7,15 +7,17 @@ What matches nothing is "unknown".
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 
+from moetk.context import RouterContext
 from moetk.equivalence.judge import relative_error
 from moetk.equivalence.trace import EXACT, Trace
 
+UNEXPLAINED = 0.1  # of the difference may be left over, at most
 
 @dataclass(frozen=True, eq=False)
 class Evidence:
@@ -26,7 +28,7 @@ class Evidence:
     themselves, each with its own choices. x_TH: the layer's input, in the dtype of a and b.
     facts: the reference's (see Side.facts), other_facts: the other's. parameters: the reference's,
     by common names and in common layouts, in the dtype of a. tolerance: relative error up to which
-    a prediction counts as what was read.
+    a prediction counts as what was read. ctx: what the routers were told.
     """
 
     stage: str
@@ -39,6 +41,7 @@ class Evidence:
     other_facts: Mapping[str, Any]
     parameters: Mapping[str, Tensor]
     tolerance: float
+    ctx: RouterContext = field(default_factory=RouterContext)
 
     @property
     def wanted(self) -> Tensor:
@@ -50,11 +53,14 @@ class Evidence:
         """The stage as the other side has it."""
         return read(self.own_b if self.stage == "indices" else self.b, self.stage)
 
-    def equals(self, predicted: Tensor | None) -> bool:
+    def equals(self, predicted: Tensor) -> bool:
         """Whether `predicted` is what the other side read, and not also what it should read."""
-        if predicted is None or predicted.shape != self.found.shape:
-            return False
-        return same(self.found, predicted, self) and not same(self.wanted, predicted, self)
+        found, wanted = self.found, self.wanted
+        if self.stage in EXACT:
+            return _identical(found, predicted, self) and not _identical(wanted, predicted, self)
+        left = deviation(found, predicted)
+        # A prediction near a small difference is no explanation of it.
+        return left <= min(self.tolerance, UNEXPLAINED * deviation(found, wanted))
 
 
 def read(trace: Trace, stage: str) -> Tensor:
@@ -64,10 +70,12 @@ def read(trace: Trace, stage: str) -> Tensor:
     return trace.values[stage]
 
 
-def same(found: Tensor, predicted: Tensor, evidence: Evidence) -> bool:
-    if evidence.stage in EXACT:
-        return bool((found == predicted).all())
-    return deviation(found, predicted) <= evidence.tolerance
+def _identical(value: Tensor, other: Tensor, evidence: Evidence) -> bool:
+    if value.shape != other.shape:
+        return False
+    if evidence.stage == "indices":  # in which column an expert stands is no difference
+        value, other = value.sort(-1).values, other.sort(-1).values
+    return bool((value == other).all())
 
 
 def deviation(value: Tensor, truth: Tensor) -> float:
@@ -86,26 +94,36 @@ def deviation(value: Tensor, truth: Tensor) -> float:
 @dataclass(frozen=True)
 class Cause:
     """name: as a reader of a report should see it, "renormalisation missing". stages: where it
-    shows first. fix: what to look at. matches: whether it explains the evidence."""
+    shows first. fix: what to look at. matches: whether it explains the evidence.
+
+    general: it only describes the difference ("scaled by a constant"), and is named where nothing
+    says more.
+    """
 
     name: str
     stages: tuple[str, ...]
     fix: str
     matches: Callable[[Evidence], bool]
+    general: bool = False
 
 
 def cause(
-    name: str, *stages: str, fix: str
-) -> Callable[[Callable[[Evidence], Tensor | None]], Cause]:
-    """Make a cause of a function that predicts what the stage reads with the defect, None where it
-    cannot be said."""
+    name: str, *stages: str, fix: str, general: bool = False
+) -> Callable[[Callable[[Evidence], Iterator[Tensor]]], Cause]:
+    """Make a cause of a function that yields what the stage reads with the defect: once for each
+    way in which the defect is written, not at all where it cannot be said."""
 
-    def make(predict: Callable[[Evidence], Tensor | None]) -> Cause:
-        return Cause(name, stages, fix, lambda evidence: evidence.equals(predict(evidence)))
+    def make(predict: Callable[[Evidence], Iterator[Tensor]]) -> Cause:
+        def matches(evidence: Evidence) -> bool:
+            return any(evidence.equals(predicted) for predicted in predict(evidence))
+
+        return Cause(name, stages, fix, matches, general)
 
     return make
 
 
 def diagnose(evidence: Evidence, causes: Sequence[Cause]) -> tuple[Cause, ...]:
-    """Every cause of this stage that explains the evidence; none = unknown."""
-    return tuple(one for one in causes if evidence.stage in one.stages and one.matches(evidence))
+    """Every cause of this stage that explains the evidence, the general ones only where no other
+    does; none = unknown."""
+    found = [one for one in causes if evidence.stage in one.stages and one.matches(evidence)]
+    return tuple(one for one in found if not one.general) or tuple(found)

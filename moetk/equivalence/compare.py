@@ -90,7 +90,8 @@ def compare(
     )  # fmt: skip
     if report.first is None:
         return report
-    evidence = _evidence(report.first, side_a, side_b, x_TH, own_a, own_b, function, arithmetic)
+    told = ctx or RouterContext(batch_shape=(x.shape[0], x.shape[1]) if x.ndim == 3 else None)
+    evidence = _evidence(report.first, side_a, side_b, x_TH, function, arithmetic, told)
     return replace(report, causes=diagnose(evidence, CAUSES), evidence=evidence)
 
 
@@ -375,10 +376,9 @@ def _evidence(
     side_a: Side,
     side_b: Side,
     x_TH: Tensor,
-    own_a: Trace,
-    own_b: Trace,
     function: _Pass | None,
     dtypes: _Pass,
+    ctx: RouterContext,
 ) -> Evidence:
     """From the fp64 pass where the function differs there, else from their own dtypes."""
     wrong_function = first.function is not None and not first.function <= PARITY
@@ -402,6 +402,7 @@ def _evidence(
         side_b.facts,
         {name: leaf.common(leaf.tensor.detach()) for name, leaf in parameters.leaves().items()},
         tolerance,
+        ctx,
     )
 
 

@@ -60,7 +60,8 @@ def _add_special(spec: BankSpec, x_TH: Tensor, y_TH: Tensor, routing: Routing) -
         is_copy_TK = is_copy_TK | (routing.experts_TK == expert)
     if routing.kept_TK is not None:
         is_copy_TK = is_copy_TK & routing.kept_TK
-    share_T1 = routing.weights_TK.masked_fill(~is_copy_TK, 0).sum(-1, keepdim=True)
+    dtype = torch.promote_types(routing.weights_TK.dtype, x_TH.dtype)
+    share_T1 = routing.weights_TK.masked_fill(~is_copy_TK, 0).sum(-1, keepdim=True, dtype=dtype)
     return (y_TH + share_T1 * x_TH).to(y_TH.dtype)
 
 

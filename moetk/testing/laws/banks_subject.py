@@ -1,0 +1,276 @@
+"""A bank as the laws see it, and what they all ask of it: its output and its gradients.
+
+Letters: T tokens, H hidden, E experts, K choices a token.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from hypothesis.strategies import SearchStrategy
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from moetk.equivalence.judge import floor
+from moetk.errors import MoeDtypeError, RouterConfigError
+from moetk.experts import BankSpec, BankWeights
+from moetk.routing import Routing, TokenChoice
+from moetk.testing.law import Case, hold
+from moetk.testing.strategies.routings import routed_rows, routing_of
+
+Tensors = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class BankUnderTest:
+    """bank: (x_TH, routing) -> y_TH, as it was given to `bank_under_test`, or a copy of it.
+
+    num_experts: ids it answers, special ones included. dtype: of rows, and of its parameters.
+    spec: what it computes, None = not known. scale: where it applies the routing weight.
+    parameters: the trained ones, by name; none for a plain function.
+    """
+
+    bank: Callable[[Tensor, Routing], Tensor]
+    hidden_size: int
+    num_experts: int
+    dtype: torch.dtype = torch.float64
+    spec: BankSpec | None = None
+    scale: str = "output"
+    parameters: Tensors = field(default_factory=dict)
+
+    @property
+    def real_experts(self) -> int:
+        return self.num_experts if self.spec is None else self.spec.num_experts
+
+    @property
+    def per_expert(self) -> dict[str, Tensor]:
+        """Parameters and buffers with one row an expert: those of a bank with a spec, else those
+        that are (E, ...) and cannot be (H, ...)."""
+        if not isinstance(self.bank, nn.Module):
+            return {}
+        held = dict([*self.bank.named_parameters(), *self.bank.named_buffers()])
+
+        def is_stacked(tensor: Tensor) -> bool:
+            rows = tensor.shape[0] if tensor.ndim else 0
+            clear = tensor.ndim > 2 or self.real_experts != self.hidden_size
+            return rows == self.real_experts and (clear or self.spec is not None)
+
+        return {n: t for n, t in held.items() if t.is_floating_point() and is_stacked(t)}
+
+    @property
+    def terms(self) -> int:
+        """Rounded steps behind one element of one token's output, or more: every product of the
+        widest matrix that a parameter holds, or of a network four times as wide as the rows."""
+        widest = [t.shape[-1] * t.shape[-2] for t in self.parameters.values() if t.ndim > 1]
+        return 3 * max([4 * self.hidden_size**2, *widest])
+
+    def __call__(self, x_TH: Tensor, routing: Routing, parameters: Tensors | None = None) -> Tensor:
+        """The bank's output, with `parameters` in place of its own of those names."""
+        if not parameters:
+            return self.bank(x_TH, routing)
+        assert isinstance(self.bank, nn.Module)
+        y_TH: Tensor = functional_call(self.bank, dict(parameters), (x_TH, routing))
+        return y_TH
+
+    def weights(self, parameters: Tensors | None = None) -> BankWeights:
+        """The BankWeights that the spec speaks of, made of `parameters` where given."""
+        names = weight_names(self)
+        held = {**self.parameters, **(parameters or {})}
+        return BankWeights(**{which: held[name] for which, name in names.items()})
+
+
+def bank_under_test(
+    bank: Callable[[Tensor, Routing], Tensor],
+    *,
+    hidden_size: int | None = None,
+    num_experts: int | None = None,
+    dtype: torch.dtype = torch.float64,
+) -> BankUnderTest:
+    """A module is copied, cast to `dtype` and put into eval mode; a function must take `dtype`.
+
+    Sizes are read from bank.spec, or from bank.hidden_size and bank.num_experts. Raises
+    RouterConfigError where they are neither there nor given, MoeDtypeError on another dtype than
+    float64 and float32.
+    """
+    who = type(bank).__name__ if isinstance(bank, nn.Module) else getattr(bank, "__name__", "bank")
+    if dtype not in (torch.float64, torch.float32):
+        raise MoeDtypeError(
+            f"{who}: dtype={dtype}; sums are compared in torch.float64, or in torch.float32 where "
+            "the bank has no float64."
+        )
+    spec = getattr(bank, "spec", None)
+    spec = spec if isinstance(spec, BankSpec) else None
+    hidden_size = hidden_size or getattr(spec or bank, "hidden_size", None)
+    num_experts = num_experts or (spec.num_ids if spec else getattr(bank, "num_experts", None))
+    for name, value in (("hidden_size", hidden_size), ("num_experts", num_experts)):
+        if not isinstance(value, int) or value < 1:
+            raise RouterConfigError(
+                f"{who}: {name}={value!r}; the bank has no whole number of that name. Give it: "
+                f"check_expert_bank(bank, {name}=...)."
+            )
+    assert hidden_size is not None and num_experts is not None
+    parameters: dict[str, Tensor] = {}
+    if isinstance(bank, nn.Module):
+        bank = copy.deepcopy(bank).to(dtype).eval()
+        parameters = {name: p for name, p in bank.named_parameters() if p.requires_grad}
+    scale = spec.scale if spec else getattr(bank, "scale", "output")
+    return BankUnderTest(bank, hidden_size, num_experts, dtype, spec, scale, parameters)
+
+
+def weight_names(subject: BankUnderTest) -> dict[str, str]:
+    """up, down, up_bias, down_bias: the parameter that each is; {} where that is not known."""
+    read = getattr(subject.bank, "weights", None)
+    if subject.spec is None or not inspect.ismethod(read):
+        return {}
+    held = {id(tensor): name for name, tensor in subject.parameters.items()}
+    tensors = {which: t for which, t in vars(read()).items() if t is not None}
+    found = {which: held.get(id(t)) for which, t in tensors.items()}
+    return {} if None in found.values() else {w: n for w, n in found.items() if n is not None}
+
+
+# Why a law may not speak about a bank.
+
+
+def needs_output_scale(subject: BankUnderTest) -> str | None:
+    if subject.scale == "output":
+        return None
+    return f'scale="{subject.scale}": the routing weight passes through the activation'
+
+
+def needs_parameters(subject: BankUnderTest) -> str | None:
+    return None if subject.parameters else "it has no trained parameters that the law could read"
+
+
+def needs_stacked(subject: BankUnderTest) -> str | None:
+    if subject.per_expert:
+        return None
+    return "no parameter has one row an expert, (E, ...) with E != H: whose gradient is whose?"
+
+
+def needs_spec(subject: BankUnderTest) -> str | None:
+    if weight_names(subject):
+        return None
+    return "it has no spec (BankSpec) with weights() made of its own parameters to compare with"
+
+
+# What is asked of a bank.
+
+
+def routed(subject: BankUnderTest, **narrow: Any) -> SearchStrategy[Case]:
+    """Rows and a TokenChoice over all ids of the bank; see `routed_rows`."""
+    return routed_rows(subject.hidden_size, subject.num_experts, dtype=subject.dtype, **narrow)
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """One forward and backward. leaves: what gradients were asked of, by name: x_TH, the routing's
+    floating tensors, every parameter. gradients: in their order, None where the graph ends."""
+
+    y_TH: Tensor
+    leaves: Tensors
+    gradients: tuple[Tensor | None, ...]
+
+    def results(self) -> dict[str, Tensor]:
+        """y_TH and "d x_TH", ...: a gradient that does not exist is zero."""
+        found = {
+            f"d {name}": torch.zeros_like(leaf) if gradient is None else gradient
+            for (name, leaf), gradient in zip(self.leaves.items(), self.gradients, strict=True)
+        }
+        return {"y_TH": self.y_TH.detach(), **found}
+
+
+def run(
+    subject: BankUnderTest,
+    x_TH: Tensor,
+    routing: Routing,
+    g_TH: Tensor,
+    parameters: Tensors | None = None,
+) -> Run:
+    """The output, and the gradients of <g, y>. parameters: in place of the bank's own."""
+    x_TH = x_TH.detach().requires_grad_()
+    routed_by = {
+        name: tensor.detach().clone().requires_grad_()
+        for name, tensor in vars(routing).items()
+        if isinstance(tensor, Tensor) and tensor.is_floating_point()
+    }
+    held = {
+        name: tensor.detach().requires_grad_()
+        for name, tensor in {**subject.parameters, **(parameters or {})}.items()
+    }
+    leaves = {"x_TH": x_TH, **routed_by, **held}
+    y_TH = subject(x_TH, replace(routing, **routed_by), held)
+    found: tuple[Tensor | None, ...] = (None,) * len(leaves)
+    if y_TH.requires_grad:
+        found = torch.autograd.grad(y_TH, list(leaves.values()), g_TH, allow_unused=True)
+    return Run(y_TH, leaves, found)
+
+
+def cotangent(subject: BankUnderTest, x_TH: Tensor, routing: Routing, g_TH: Tensor) -> Tensor:
+    """g_TH with the signs of y: <g, y> then adds up magnitudes, and a gradient of a single number
+    is not what rounding left over of a sum that cancels."""
+    with torch.no_grad():
+        return g_TH.abs().copysign(subject(x_TH, routing).to(g_TH.dtype))
+
+
+def routed_call(subject: BankUnderTest, case: Case) -> tuple[Tensor, TokenChoice, Tensor]:
+    """(x_TH, routing, g_TH) of a case that `routed` drew."""
+    routing = routing_of(case, subject.num_experts)
+    return case["x_TH"], routing, cotangent(subject, case["x_TH"], routing, case["g_TH"])
+
+
+def results(
+    subject: BankUnderTest,
+    x_TH: Tensor,
+    routing: Routing,
+    g_TH: Tensor,
+    parameters: Tensors | None = None,
+) -> dict[str, Tensor]:
+    """y_TH and every gradient of `run`, by name."""
+    return run(subject, x_TH, routing, g_TH, parameters).results()
+
+
+def rounding(subject: BankUnderTest, num_rows: int) -> float:
+    """The relative error that no right bank exceeds: eps in every step, all in one direction."""
+    return floor(subject.dtype, 1) * (subject.terms + num_rows)
+
+
+def agree(
+    subject: BankUnderTest,
+    found: Tensor,
+    want: Tensor,
+    what: str,
+    *,
+    num_rows: int,
+    size: Tensor | float | None = None,
+) -> None:
+    """Hold |found - want|_F <= rounding x size. size: norm of the addends' magnitudes where they
+    cancel; None = |want|_F."""
+    hold(found.shape == want.shape, f"{what} is {tuple(found.shape)}, not {tuple(want.shape)}")
+    found, want = found.double(), want.double()
+    error = float((found - want).norm())
+    bound = rounding(subject, num_rows) * float(want.norm() if size is None else size)
+    # Written so that NaN fails.
+    hold(
+        error <= bound,
+        f"{what} differs by {error:.3g}, where rounding explains {bound:.3g}",
+        found=found,
+        want=want,
+    )
+
+
+def agree_all(
+    subject: BankUnderTest, found: Tensors, want: Tensors, *, num_rows: int, because: str
+) -> None:
+    """`agree` for every tensor of `want`, by name."""
+    for name, tensor in want.items():
+        agree(subject, found[name], tensor, f"{because}: {name}", num_rows=num_rows)
+
+
+def rows_of(case: Case) -> int:
+    """T x K: how many rows one gradient may sum over."""
+    return case["experts_TK"].numel() + 1

@@ -1,0 +1,339 @@
+"""A router made ready for its laws: copies of it, in float64 where it can, and what was measured.
+
+The router that was handed in is never called and never changed; its copies are.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import fields, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moetk.context import RouterContext
+from moetk.errors import MissingContextError, RouterConfigError
+from moetk.routing import ExpertChoice, Routing, SoftChoice, TokenChoice
+from moetk.testing.law import Case
+from moetk.testing.strategies.inputs import rows_of
+from moetk.testing.strategies.sequences import positions, token_ids
+
+Router = Callable[[Tensor, RouterContext], Routing]
+DECLARED_DTYPES = ("gemm_dtype", "score_dtype", "weight_dtype")
+CHOICE_BIAS = "e_score_correction_bias"
+PROBES = tuple((pattern, seed) for pattern in ("gaussian", "collapsed") for seed in range(4))
+
+
+class RouterSubject:
+    """A router and its sizes.
+
+    router: any callable (x_TH, ctx) -> Routing. hidden_size, num_experts: None = read off the
+    router (`hidden_size`, `num_experts`, or the matrices it holds) or its first routing.
+
+    A declaration of the router itself is believed: `duplicates` (one token may name one expert
+    twice), `surrogate_gradient` (its gradient is, on purpose, not its derivative), `per_batch`
+    (its choice balances over the whole batch, on purpose).
+
+    Constant parameters, as of a router that starts at zero, are moved off their start in the
+    copies: where all scores are equal, most laws would hold of any router.
+
+    Raises RouterConfigError when a size cannot be read off, cannot be right, or no copy runs.
+    """
+
+    def __init__(
+        self, router: Router, hidden_size: int | None = None, num_experts: int | None = None
+    ) -> None:
+        self.original = router
+        self.name = getattr(router, "__name__", type(router).__name__)
+        self.hidden_size = _hidden_size(router, self.name) if hidden_size is None else hidden_size
+        self.duplicates = bool(getattr(router, "duplicates", False))
+        self.surrogate_gradient = bool(getattr(router, "surrogate_gradient", False))
+        self.per_batch = bool(getattr(router, "per_batch", False))
+        self.dtype = torch.float64
+        self._copies: dict[tuple[bool, torch.dtype], Router] = {}
+        self.first = self._first_routing()
+        known = getattr(router, "num_experts", None) if num_experts is None else num_experts
+        self.num_experts = self.first.num_experts if known is None else int(known)
+
+    # -- running it
+
+    def fresh(self, *, training: bool = False, dtype: torch.dtype | None = None) -> Router:
+        """A new copy on the CPU, in self.dtype or in `dtype`, in that mode."""
+        dtype = dtype or self.dtype
+        try:
+            router = copy.deepcopy(self.original)
+        except Exception as error:
+            raise RouterConfigError(
+                f"{self.name} cannot be copied ({error}), and laws are checked on a copy: give a "
+                "router whose state is parameters, buffers and plain values."
+            ) from error
+        if isinstance(router, nn.Module):
+            router.to("cpu", dtype).train(training)
+            for module in router.modules():
+                for name in DECLARED_DTYPES:
+                    if isinstance(getattr(module, name, None), torch.dtype):
+                        setattr(module, name, dtype)
+            move_off_start(router)
+        return router
+
+    def copy_at(self, training: bool) -> Router:
+        """A copy that is made once: for laws that do not change it."""
+        key = training, self.dtype
+        if key not in self._copies:
+            self._copies[key] = self.fresh(training=training)
+        return self._copies[key]
+
+    def route(self, x_TH: Tensor, ctx: RouterContext, *, training: bool = False) -> Routing:
+        """The routing of a copy, without graph."""
+        with torch.no_grad():
+            return self.copy_at(training)(x_TH.to(self.dtype), ctx)
+
+    def trained(self, router: Router) -> dict[str, Tensor]:
+        """The parameters of a copy that require a gradient, by name."""
+        named = router.named_parameters() if isinstance(router, nn.Module) else ()
+        return {name: tensor for name, tensor in named if tensor.requires_grad}
+
+    def on(self, case: Case) -> Routing:
+        """The routing of the case as it was drawn."""
+        training = bool(case.settings.get("training", False))
+        return self.route(case["x_TH"], context_of(case), training=training)
+
+    # -- what it is
+
+    @property
+    def is_module(self) -> bool:
+        return isinstance(self.original, nn.Module)
+
+    @property
+    def chooses_tokens(self) -> bool:
+        return isinstance(self.first, ExpertChoice)
+
+    @property
+    def chooses_experts(self) -> bool:
+        return isinstance(self.first, TokenChoice)
+
+    @property
+    def top_k(self) -> int:
+        assert isinstance(self.first, TokenChoice)
+        return self.first.experts_TK.shape[1]
+
+    @property
+    def drops(self) -> bool:
+        return isinstance(self.first, TokenChoice) and self.first.kept_TK is not None
+
+    @property
+    def has_choice_bias(self) -> bool:
+        return isinstance(getattr(self.original, CHOICE_BIAS, None), Tensor)
+
+    def fields_read(self, training: bool) -> frozenset[str]:
+        """Which fields of its context it reads."""
+        seen: set[str] = set()
+
+        class Watched(RouterContext):
+            def __getattribute__(self, name: str) -> Any:
+                seen.add(name)
+                return super().__getattribute__(name)
+
+        x_TH, ctx = self.probe()
+        watched = Watched(**{f.name: getattr(ctx, f.name) for f in fields(ctx)})
+        seen.clear()
+        self.route(x_TH, watched, training=training)
+        return frozenset(seen)
+
+    @cached_property
+    def reads(self) -> frozenset[str]:
+        """Fields of the context that it reads in evaluation."""
+        return self.fields_read(False)
+
+    @cached_property
+    def draws_noise(self) -> bool:
+        """It reads ctx.seed in training."""
+        return self.is_module and "seed" in self.fields_read(True)
+
+    @cached_property
+    def mixes(self) -> bool:
+        """Measured: the routing of a token changes with other tokens of its sequence."""
+        for pattern, seed in PROBES:
+            x_TH, ctx = self.probe(pattern, seed)
+            before = by_token(self.route(x_TH, ctx))
+            for token in (0, len(x_TH) // 2, len(x_TH) - 1):
+                others_TH = rows_of("gaussian", seed + 100, *x_TH.shape)
+                others_TH[token] = x_TH[token]
+                after = by_token(self.route(others_TH, ctx))
+                if differing(before, after)[token]:
+                    return True
+        return False
+
+    @cached_property
+    def choice_reads_x(self) -> bool:
+        """Measured: what is chosen changes with the input."""
+        x_TH, ctx = self.probe()
+        before = by_token(self.route(x_TH, ctx))
+        for seed in range(1, 6):
+            after = by_token(self.route(rows_of("gaussian", seed, *x_TH.shape), ctx))
+            if not torch.equal(before["chosen"], after["chosen"]):
+                return True
+        return not self.chooses_experts
+
+    # -- probing
+
+    def probe(self, pattern: str = "gaussian", seed: int = 0) -> tuple[Tensor, RouterContext]:
+        """One sequence of twelve tokens, and a whole context without a replay."""
+        x_TH = rows_of(pattern, seed, 12, self.hidden_size)
+        return x_TH, plain_context(1, 12, seed)
+
+    def _first_routing(self) -> Routing:
+        """In float64 if it runs so, else in the dtype of its own parameters."""
+        with torch.random.fork_rng(devices=[]):
+            try:
+                return self.route(*self.probe())
+            except MissingContextError as error:
+                raise RouterConfigError(
+                    f"{self.name} needs what no check can draw: {error} Hand in a function that "
+                    "completes the context: lambda x_TH, ctx: router(x_TH, replace(ctx, ...))."
+                ) from error
+            except Exception as in_double:
+                self.dtype = _own_dtype(self.original)
+                self._copies.clear()
+                try:
+                    return self.route(*self.probe())
+                except Exception as error:
+                    x_TH, _ = self.probe()
+                    raise RouterConfigError(
+                        f"{self.name} does not route x_TH {tuple(x_TH.shape)}, neither in float64 "
+                        f"({in_double}) nor in {self.dtype} ({type(error).__name__}: {error}). Is "
+                        f"hidden_size={self.hidden_size} its width?"
+                    ) from error
+
+
+def router_subject(
+    router: Router, hidden_size: int | None = None, num_experts: int | None = None
+) -> RouterSubject:
+    """What `LawReport.repro` calls in the file that it writes."""
+    return RouterSubject(router, hidden_size, num_experts)
+
+
+def _hidden_size(router: Router, name: str) -> int:
+    declared = getattr(router, "hidden_size", None)
+    if isinstance(declared, int):
+        return declared
+    tensors = router.parameters() if isinstance(router, nn.Module) else ()
+    widths = {tensor.shape[1] for tensor in tensors if tensor.ndim == 2}
+    if len(widths) != 1:
+        found = f"its matrices have widths {sorted(widths)}" if widths else "it holds no matrix"
+        raise RouterConfigError(
+            f"{name} does not say how wide its input is ({found}): pass hidden_size=..."
+        )
+    return int(widths.pop())
+
+
+def _own_dtype(router: Router) -> torch.dtype:
+    tensors = router.parameters() if isinstance(router, nn.Module) else ()
+    return next((t.dtype for t in tensors if t.is_floating_point()), torch.float32)
+
+
+@torch.no_grad()
+def move_off_start(router: nn.Module) -> None:
+    """Add noise to parameters that are all one number, and to the choice bias."""
+    generator = torch.Generator().manual_seed(0)
+    named = [*router.named_parameters()]
+    named += [(name, t) for name, t in router.named_buffers() if name.endswith(CHOICE_BIAS)]
+    for _, tensor in named:
+        if (
+            tensor.is_floating_point()
+            and tensor.numel() > 1
+            and bool((tensor == tensor.max()).all())
+        ):
+            noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
+            tensor += (noise * tensor.shape[-1] ** -0.5).to(tensor.dtype)
+
+
+# -- contexts
+
+
+def plain_context(batch: int, length: int, seed: int) -> RouterContext:
+    """A whole context without padding: B sequences of S."""
+    num_tokens = batch * length
+    return RouterContext(
+        token_ids=token_ids(seed, num_tokens),
+        positions=positions(batch, length),
+        sequence_ids=torch.arange(batch).repeat_interleave(length),
+        token_mask=torch.ones(num_tokens, dtype=torch.bool),
+        batch_shape=(batch, length),
+        seed=seed,
+    )
+
+
+def context_of(case: Case, **changes: Any) -> RouterContext:
+    """The context of a case: `plain_context` of its settings batch, length and seed, with the
+    tensors that the case holds of the same names in place of drawn ones."""
+    batch, length, seed = (int(case.settings[name] or 0) for name in ("batch", "length", "seed"))
+    ctx = plain_context(batch, length, seed)
+    held = {f.name: case.tensors[f.name] for f in fields(ctx) if f.name in case.tensors}
+    return replace(ctx, **{**held, **changes})
+
+
+# -- routings
+
+
+def by_token(routing: Routing) -> dict[str, Tensor]:
+    """What a routing says about each token: tensors whose first axis is T, whatever its kind.
+
+    "chosen" and "weights" are always there: (T, K) for a TokenChoice, (T, E) for an ExpertChoice,
+    (T, P) for a SoftChoice, whose dispatch and combine weights they are.
+    """
+    if isinstance(routing, TokenChoice):
+        told = {"chosen": routing.experts_TK, "weights": routing.weights_TK}
+        return told if routing.kept_TK is None else {**told, "kept": routing.kept_TK}
+    if isinstance(routing, ExpertChoice):
+        taken_TE = scatter_to_tokens(routing, torch.ones_like(routing.weights_EC))
+        return {"chosen": taken_TE, "weights": scatter_to_tokens(routing, routing.weights_EC)}
+    return {
+        "chosen": routing.dispatch_BSP.flatten(0, 1),
+        "weights": routing.combine_BSP.flatten(0, 1),
+    }
+
+
+def every_tensor(routing: Routing) -> dict[str, Tensor]:
+    """All that a routing carries, its logits, scores and extras too."""
+    plain = {name: t for name, t in vars(routing).items() if isinstance(t, Tensor)}
+    return {**plain, **{f"extras {name}": t for name, t in routing.extras.items()}}
+
+
+def scatter_to_tokens(routing: ExpertChoice, values_EC: Tensor) -> Tensor:
+    """(T, E): values_EC summed where each expert's tokens are; empty places nowhere."""
+    sums_ET = values_EC.new_zeros(routing.num_experts, routing.num_tokens + 1)
+    rows_EC = routing.tokens_EC.masked_fill(routing.tokens_EC < 0, routing.num_tokens)
+    return sums_ET.scatter_add(1, rows_EC, values_EC)[:, :-1].T
+
+
+def matrix_of(routing: Routing) -> Tensor:
+    """The routing matrix, tokens x experts: the weight of each pair, NaN where a token does not
+    go. For a SoftChoice the combine weights, tokens x slots."""
+    if isinstance(routing, SoftChoice):
+        return by_token(routing)["weights"].detach().double()
+    if isinstance(routing, ExpertChoice):
+        taken_TE, weights_TE = (t.detach().double() for t in by_token(routing).values())
+        return weights_TE.masked_fill(taken_TE == 0, float("nan"))
+    used_TK = (routing.experts_TK >= 0) & (routing.experts_TK < routing.num_experts)
+    ids_TK = routing.experts_TK.masked_fill(~used_TK, routing.num_experts)
+    shape = (ids_TK.shape[0], routing.num_experts + 1)
+    weights_TE = torch.zeros(shape, dtype=torch.float64)
+    weights_TE.scatter_add_(1, ids_TK, routing.weights_TK.detach().double())
+    counts_TE = torch.zeros(shape).scatter_add_(1, ids_TK, torch.ones(ids_TK.shape))
+    return weights_TE.masked_fill(counts_TE == 0, float("nan"))[:, :-1]
+
+
+def differing(a: dict[str, Tensor], b: dict[str, Tensor]) -> Tensor:
+    """(T,) bool: tokens about which two `by_token` differ in any bit; NaN is equal to NaN."""
+    rows = []
+    for name, left in a.items():
+        right = b.get(name)
+        if right is None or right.shape != left.shape:
+            return torch.ones(len(left), dtype=torch.bool)
+        same = (left == right) | ((left != left) & (right != right))
+        rows.append(~same.flatten(1).all(1))
+    return torch.stack(rows).any(0)

@@ -128,8 +128,8 @@ class Report:
         return save(plot(self), path)
 
     def to_json(self, path: Path | str | None = None) -> str:
-        """All of it but the tensors, as JSON; numbers that are not finite are null. Written to
-        `path` where there is one. Raises SaveFailedError."""
+        """All of it but the tensors, as JSON, written to `path` where there is one. null: not
+        judged; numbers that are not finite are "nan" and "inf". Raises SaveFailedError."""
         from moetk.equivalence.as_json import report_fields, to_json
 
         return to_json(report_fields(self), path)

@@ -16,8 +16,8 @@ WIDTH = 120
 HEAD = ("stage", "shape", "dtype", "equal", "max abs", "fp64", "local", "accum", "ulp 99",
         "worst at", "verdict")  # fmt: skip
 LEGEND = (
-    "equal: bitwise; fp64: error as a function; local, accum: error over the plain "
-    "implementation's, at equal inputs and left alone"
+    "equal: bitwise. fp64: error as a function. local, accum: error in units of the plain "
+    "implementation's, up to 2 is rounding; at equal inputs of the stage, and left alone."
 )
 SHORT = {
     torch.float64: "fp64",
@@ -28,7 +28,7 @@ SHORT = {
     torch.int32: "int32",
     torch.bool: "bool",
 }
-_SCORES, _SLOTS, _INNER = ("token", "expert"), ("token", "slot"), ("token", "slot", "column")
+_SCORES, _SLOTS, _INNER = ("token", "expert"), ("token", "slot"), ("token", "slot", "col")
 AXES = {
     "logits": _SCORES,
     "scores": _SCORES,
@@ -40,30 +40,24 @@ AXES = {
     "up": _INNER,
     "activation": _INNER,
     "expert_output": _INNER,
-    "combined": ("token", "column"),
-    "output": ("token", "column"),
+    "combined": ("token", "col"),
+    "output": ("token", "col"),
     "losses": ("loss",),
     "grad losses": _SCORES,
-    "grad x": ("token", "column"),
-    "grad up_weight": ("expert", "row", "column"),
-    "grad down_weight": ("expert", "row", "column"),
+    "grad x": ("token", "col"),
+    "grad up_weight": ("expert", "row", "col"),
+    "grad down_weight": ("expert", "row", "col"),
     "grad up_bias": ("expert", "row"),
     "grad down_bias": ("expert", "row"),
-    "grad router.weight": ("expert", "column"),
+    "grad router.weight": ("expert", "col"),
     "grad router.bias": ("expert",),
 }
 
 
 def table(report: Report) -> str:
-    """Every stage in a line, and below it how it differs; then the explanation."""
-    rows = [cells(row) for row in report.rows]
-    lines = aligned(HEAD, rows, left={0, 9, 10})
-    body = lines[:2]
-    for row, line in zip(report.rows, lines[2:], strict=True):
-        body.append(line)
-        if not row.ok:
-            body.append(f"    {row.why}")
-    return "\n".join([*body, "", LEGEND, "", explain(report)])
+    """Every stage in a line, then the explanation."""
+    lines = aligned(HEAD, [cells(row) for row in report.rows], left={0, 9, 10})
+    return "\n".join([*lines, "", textwrap.fill(LEGEND, WIDTH), "", explain(report)])
 
 
 def explain(report: Report) -> str:
@@ -98,7 +92,7 @@ def choices_line(report: Report) -> str:
         return line
     alike = "none" if whole.alike is None else f"{whole.alike:.1e}"
     return (
-        f"{line}. The {whole.stage}'s relative difference: {alike} over tokens that chose alike, "
+        f"{line}. Relative difference of {whole.stage}: {alike} over tokens that chose alike, "
         f"{whole.differing:.1e} over the others"
     )
 

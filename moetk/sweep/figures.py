@@ -1,47 +1,23 @@
-"""The report's figures as SVG text. matplotlib is imported here and nowhere else."""
+"""The report's figures as SVG text."""
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from moetk.look import COLOURS, QUIET, drawing, svg
 from moetk.sweep.summary import ArmSummary, Curve, Summary
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# The baseline is the quiet one; the others are told apart by every kind of colour vision
-# (Okabe and Ito).
-BASELINE_COLOUR = "#5b6470"
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c564b")
+# The baseline is the quiet one.
+BASELINE_COLOUR = QUIET
 # Arms that agree lie on one another: the later one is broken, so that both are seen.
 DASHES = ("-", "-", "-", "--", "-.", ":")
 MARKERS = ("o", "s", "^", "D", "v", "P")
-INK, GRID = "#1f2933", "#e4e7eb"
-STYLE: dict[str, Any] = {
-    "svg.fonttype": "none",
-    "svg.hashsalt": "moetk",
-    "font.family": "DejaVu Sans",  # comes with matplotlib: the layout is the same everywhere
-    "font.size": 11,
-    "text.color": INK,
-    "axes.labelcolor": INK,
-    "axes.edgecolor": "#9aa5b1",
-    "axes.titlesize": 11,
-    "axes.titleweight": "bold",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": GRID,
-    "xtick.color": "#52606d",
-    "ytick.color": "#52606d",
-    "legend.frameon": False,
-    "figure.facecolor": "white",
-    "axes.facecolor": "none",
-}
 
 
 def colours(summary: Summary) -> dict[str, str]:
@@ -173,17 +149,7 @@ def _legend(figure: Figure, axes: Axes) -> None:
 @contextmanager
 def _drawn(width: float, height: float) -> Iterator[tuple[Figure, list[str]]]:
     """A figure to draw on, in inches; its SVG is in the list afterwards."""
-    import matplotlib
-    from matplotlib.figure import Figure
-
     text: list[str] = []
-    with matplotlib.rc_context(STYLE):
-        # Not through pyplot: no display, no global state.
-        figure = Figure(figsize=(width, height), layout="constrained")
+    with drawing(width, height) as figure:
         yield figure, text
-        out = io.StringIO()
-        figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None})
-    svg = out.getvalue()
-    # Where that font is missing, a reader still gets one without serifs.
-    svg = svg.replace("'DejaVu Sans'", "'DejaVu Sans', Helvetica, Arial, sans-serif")
-    text.append(svg[svg.index("<svg") :])
+    text.append(svg(figure))

@@ -5,17 +5,15 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from moetk.errors import ConfigError, SaveFailedError
 from moetk.io import write_file
+from moetk.look import page
 from moetk.sweep import figures
 from moetk.sweep.store import Row, read_sweep
 from moetk.sweep.summary import ArmSummary, Curve, Summary, chance_agreement, summarise
-
-EXTRA = "install it with  pip install 'moetk[sweep]'"
 
 
 @dataclass(frozen=True)
@@ -62,29 +60,21 @@ def write_figures(summary: Summary, folder: Path) -> None:
         raise SaveFailedError(
             error.errno, f"{folder} cannot be a folder of figures ({error.strerror})."
         ) from None
-    for block in _blocks(summary):
+    for block in figure_blocks(summary):
         if block.svg is not None:
             write_file(folder / f"{block.name}.svg", block.svg.encode())
 
 
 def render(summary: Summary) -> str:
     """The page as HTML; every string of the sweep is escaped, nothing is loaded from outside."""
-    try:
-        from jinja2 import Environment, StrictUndefined
-        from markupsafe import Markup
-    except ImportError as error:
-        raise ConfigError(f"A report needs {error.name}; {EXTRA}.") from None
-    environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    source = files("moetk.sweep").joinpath("report.html").read_text(encoding="utf-8")
-    page: str = environment.from_string(source).render(
+    return page(
+        "moetk.sweep",
+        "report.html",
         summary=summary,
         sweep=summary.plan["settings"]["sweep"],
         headline=headline(summary),
-        blocks=_blocks(summary),
+        blocks=figure_blocks(summary),
         colours=figures.colours(summary),
-        markup=Markup,
         number=number,
         signed=signed,
         parts=parts,
@@ -95,14 +85,6 @@ def render(summary: Summary) -> str:
         settings=json.dumps(shared_settings(summary), indent=2),
         code_files=len(summary.plan["code"]["moetk"]),
     )
-    return page
-
-
-def _blocks(summary: Summary) -> list[FigureBlock]:
-    try:
-        return figure_blocks(summary)
-    except ImportError as error:
-        raise ConfigError(f"A figure needs {error.name}; {EXTRA}.") from None
 
 
 def figure_blocks(summary: Summary) -> list[FigureBlock]:

@@ -88,6 +88,8 @@ def survey(root: Path, files: Sequence[str], tests: Sequence[str]) -> Survey:
 
 def judge(root: Path, file: str, source: str, order: Sequence[str]) -> Verdict:
     """Run the tests in `order`, with `source` in place of `file`, until one fails."""
+    import pytest
+
     _enter(root)
     resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
     module = file.removesuffix(".py").replace("/", ".").removesuffix(".__init__")
@@ -105,19 +107,25 @@ def judge(root: Path, file: str, source: str, order: Sequence[str]) -> Verdict:
         def pytest_collection_modifyitems(self, items: list[Any]) -> None:
             items.sort(key=lambda item: rank.get(item.nodeid, len(rank)))
 
-        def pytest_runtest_logreport(self, report: Any) -> None:
-            if report.failed:
-                failed.append(report.nodeid)
-
         def pytest_collectreport(self, report: Any) -> None:
             if report.failed:
                 uncollected.append(report.nodeid)
 
-    code = _pytest(sorted({test.partition("::")[0] for test in order}), Watch(), "-x")
-    if uncollected:
-        return Verdict("import error", uncollected[0])
+        def pytest_runtest_logreport(self, report: Any) -> None:
+            if report.failed:
+                failed.append(report.nodeid)
+
+        def pytest_runtest_logfinish(self) -> None:
+            if failed:
+                pytest.exit("one failure is enough")
+
+    # A file of tests that cannot even be imported kills nobody; the other files may.
+    files = sorted({test.partition("::")[0] for test in order})
+    code = _pytest(files, Watch(), "--continue-on-collection-errors")
     if failed:
         return Verdict("killed", failed[0])
+    if uncollected:
+        return Verdict("import error", uncollected[0])
     return Verdict("survived") if code == 0 else Verdict("crash", f"pytest ended with {code}")
 
 

@@ -36,9 +36,17 @@ class Mutant:
         changed: str = mutate_code(source, get_operator(self.operator)(), self.occurrence)
         return changed
 
+    def parses(self, source: str) -> bool:
+        """False where an operator took the * of a signature for a product, and the like."""
+        try:
+            ast.parse(self.apply(source))
+        except SyntaxError:
+            return False
+        return True
+
 
 def mutants(root: Path, file: str) -> Iterator[Mutant]:
-    """Every mutant of `root / file`, annotations left alone: nothing runs them."""
+    """Every mutant of `root / file` that is Python. Annotations stay: nothing runs them."""
     source = (root / file).read_text(encoding="utf-8")
     digest = hashlib.sha256(source.encode()).hexdigest()[:12]
     silent = list(_annotations(source))
@@ -49,8 +57,9 @@ def mutants(root: Path, file: str) -> Iterator[Mutant]:
         operator = get_operator(name)()
         places = (place for node in ast_nodes(tree) for place in operator.mutation_positions(node))
         for occurrence, (begin, _) in enumerate(places):
-            if not any(first <= begin < last for first, last in silent):
-                yield Mutant(file, digest, begin[0], name, occurrence)
+            mutant = Mutant(file, digest, begin[0], name, occurrence)
+            if not any(first <= begin < last for first, last in silent) and mutant.parses(source):
+                yield mutant
 
 
 def difference(before: str, after: str) -> tuple[str, str]:

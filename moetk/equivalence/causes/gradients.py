@@ -1,0 +1,229 @@
+"""Causes in backward, where forward agrees.
+
+Letters: T tokens, E experts, K choices a token, J = 2I up-projection width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from moetk.equivalence.cause import Cause, Evidence, cause, deviation
+from moetk.equivalence.causes.counts import repeats
+from moetk.equivalence.causes.experts import hidden
+from moetk.equivalence.causes.values import (
+    at_chosen,
+    nearest_multiple,
+    score_function,
+    scores_of,
+    value,
+)
+from moetk.experts import ClampedGated, GptOssGated
+
+ANY = tuple(
+    f"grad {name}"
+    for name in (
+        "losses", "combined", "expert_output", "down_bias", "down_weight", "activation", "up",
+        "up_bias", "up_weight", "weights", "choice", "scores", "logits", "router.bias",
+        "router.weight", "x",
+    )
+)  # fmt: skip
+ROUTER = ("grad choice", "grad scores", "grad logits")
+
+
+@cause(
+    "gradient clipped at the clamp bound", "grad up",
+    fix="At the bound itself torch.clamp passes the gradient whole; a mask with < passes none, "
+    "and a clip that splits ties half.",
+)  # fmt: skip
+def _clamped(e: Evidence) -> Iterator[Tensor]:
+    own, hidden_TKJ = e.facts.get("activation"), hidden(e)
+    if not isinstance(own, ClampedGated | GptOssGated) or hidden_TKJ is None:
+        return
+    gate, up = hidden_TKJ.chunk(2, -1)
+    at_bound = torch.cat([gate == own.limit, up.abs() == own.limit], -1)
+    for share in (0.0, 0.5):
+        yield torch.where(at_bound, share * e.wanted, e.wanted)
+
+
+@cause(
+    "gradient passed through the clamp", "grad up",
+    fix="Beyond the bound a clamp has no gradient: do not replace it by an identity.",
+)  # fmt: skip
+def _unclamped(e: Evidence) -> Iterator[Tensor]:
+    own, hidden_TKJ = e.facts.get("activation"), hidden(e)
+    arriving, inner = e.a.grads.get("activation"), value(e, "activation")
+    if hidden_TKJ is None or arriving is None or inner is None:
+        return
+    if not isinstance(own, ClampedGated | GptOssGated):
+        return
+    with torch.enable_grad():
+        held = torch.cat([h.clamp(*ends) for h, ends in _bounds(own.limit, hidden_TKJ)], -1)
+        held = held.detach().requires_grad_()
+        again = own(*held.chunk(2, -1))
+        (gradient,) = torch.autograd.grad(again, held, arriving.to(again))
+    yield gradient
+
+
+def _bounds(
+    limit: float, hidden_TKJ: Tensor
+) -> Iterator[tuple[Tensor, tuple[float | None, float]]]:
+    gate, up = hidden_TKJ.chunk(2, -1)
+    yield gate, (None, limit)
+    yield up, (-limit, limit)
+
+
+@cause(
+    "gradient of one slot missing", "grad weights",
+    fix="Every choice's weight has a gradient, the dot product of its expert's output with the "
+    "arriving one.",
+)  # fmt: skip
+def _slot_missing(e: Evidence) -> Iterator[Tensor]:
+    for slot in range(e.wanted.shape[-1] if e.wanted.ndim == 2 else 0):
+        without = e.wanted.clone()
+        without[:, slot] = 0
+        yield without
+
+
+@cause(
+    "gradient of one of two equal ids missing", "grad weights", "grad expert_output",
+    fix="A token that names one expert twice has a gradient for both.",
+)  # fmt: skip
+def _duplicate(e: Evidence) -> Iterator[Tensor]:
+    ids_TK = value(e, "indices")
+    if ids_TK is None or e.wanted.shape[:2] != ids_TK.shape:
+        return
+    for again_TK in (repeats(ids_TK), repeats(ids_TK.flip(-1)).flip(-1)):
+        again = again_TK if e.wanted.ndim == 2 else again_TK[..., None]
+        yield e.wanted.masked_fill(again, 0)
+
+
+def _to_weights(e: Evidence) -> Tensor | None:
+    """What arrives at the weights, (T, K): the same on both sides."""
+    return e.a.grads.get("weights")
+
+
+def _spread(values_TK: Tensor, e: Evidence) -> Tensor:
+    """From the chosen back to all experts, (T, E)."""
+    ids_TK, scores_TE = value(e, "indices"), scores_of(e)
+    assert ids_TK is not None and scores_TE is not None
+    values_TK = values_TK.masked_fill(ids_TK < 0, 0).to(scores_TE)
+    return torch.zeros_like(scores_TE).scatter_add(1, ids_TK.clamp(min=0), values_TK)
+
+
+def _to_logits(e: Evidence, gradient_TE: Tensor) -> Iterator[Tensor]:
+    """A gradient of the scores at this stage: as it is, or through the score function."""
+    if e.stage != "grad logits":
+        yield gradient_TE
+        return
+    logits_TE = value(e, "logits")
+    function = score_function(e) or (lambda t: t.softmax(-1))
+    if logits_TE is not None:
+        with torch.enable_grad():
+            leaf_TE = logits_TE.detach().requires_grad_()
+            scores_TE = function(leaf_TE)
+            yield torch.autograd.grad(scores_TE, leaf_TE, gradient_TE)[0]
+
+
+@cause(
+    "sum of the renormalisation detached", *ROUTER,
+    fix="The sum that divides the chosen scores has a gradient too.",
+)  # fmt: skip
+def _sum_detached(e: Evidence) -> Iterator[Tensor]:
+    arriving_TK, chosen_TK = _to_weights(e), at_chosen(e, scores_of(e))
+    weights_TK = value(e, "weights")
+    if arriving_TK is None or chosen_TK is None or weights_TK is None:
+        return
+    # weights = chosen * (scale / sum), whatever the scale.
+    factor_TK = weights_TK / (chosen_TK + (chosen_TK == 0))
+    factor_T1 = factor_TK[:, :1]
+    if deviation(factor_T1 * chosen_TK, weights_TK) <= max(e.tolerance, 1e-9):
+        yield from _to_logits(e, _spread(arriving_TK * factor_T1, e))
+
+
+@cause(
+    "renormalisation skipped in backward", *ROUTER,
+    fix="Backward goes straight from the weights to the chosen scores; the division has a "
+    "gradient.",
+)  # fmt: skip
+def _no_division(e: Evidence) -> Iterator[Tensor]:
+    arriving_TK = _to_weights(e)
+    if arriving_TK is not None and scores_of(e) is not None and "indices" in e.a.values:
+        yield from _to_logits(e, _spread(arriving_TK, e))
+
+
+@cause(
+    "score function skipped in backward", "grad logits",
+    fix="The gradient of the scores is handed to the logits as it is (straight through): multiply "
+    "by the derivative of the score function.",
+)  # fmt: skip
+def _straight_through(e: Evidence) -> Iterator[Tensor]:
+    if "scores" in e.a.grads:
+        yield e.a.grads["scores"]
+
+
+@cause(
+    "no gradient: detached", *ANY,
+    fix="Nothing arrives here: look for detach, no_grad, .data, .item() or an op without a "
+    "backward on the way.",
+)  # fmt: skip
+def _detached(e: Evidence) -> Iterator[Tensor]:
+    yield torch.zeros_like(e.wanted)
+
+
+def _flows(e: Evidence) -> bool:
+    found, wanted = e.found, e.wanted
+    return found.shape == wanted.shape and not bool(wanted.any()) and bool(found.any())
+
+
+@cause(
+    "gradient negated", *ANY,
+    fix="The sign is turned round.",
+)  # fmt: skip
+def _negated(e: Evidence) -> Iterator[Tensor]:
+    yield -e.wanted
+
+
+@cause(
+    "gradient scaled by a constant", *ANY,
+    fix="Look for a factor of the world size, of T or K, or a mean for a sum.",
+    general=True,
+)  # fmt: skip
+def _scaled(e: Evidence) -> Iterator[Tensor]:
+    if e.found.shape == e.wanted.shape and e.wanted.numel() > 1:
+        yield nearest_multiple(e.found, e.wanted, tuple(range(e.wanted.ndim)))
+
+
+@cause(
+    "gradient scaled by a factor for each row", *ANY,
+    fix="Each expert's or token's gradient has the right direction and another length: look for "
+    "a division by its number of tokens.",
+    general=True,
+)  # fmt: skip
+def _scaled_rows(e: Evidence) -> Iterator[Tensor]:
+    if e.found.shape == e.wanted.shape and e.wanted.ndim > 1 and e.wanted[:1].numel() > 1:
+        yield nearest_multiple(e.found, e.wanted, tuple(range(1, e.wanted.ndim)))
+
+
+GRADIENTS = (
+    _clamped,
+    _unclamped,
+    _slot_missing,
+    _duplicate,
+    _sum_detached,
+    _no_division,
+    _straight_through,
+    _detached,
+    Cause(
+        "gradient where there should be none",
+        ANY,
+        "The reference keeps this out of backward: detach it (a choice bias is a buffer, counts "
+        "are constants).",
+        _flows,
+    ),
+    _negated,
+    _scaled,
+    _scaled_rows,
+)

@@ -51,6 +51,8 @@ ROOMS = [
 ]
 TESTS = [
     "tests/test_rout*.py",
+    "tests/test_check_routing.py",
+    "tests/test_catalogue.py",
     "tests/test_selection.py",
     "tests/test_counting.py",
     "tests/test_controllers.py",

@@ -55,10 +55,13 @@ class Scattered:
     """A stage that exists only in pieces, as the experts' inner values do in a loop over experts.
 
     place: the pieces (or their gradients) -> the whole in its common shape and layout.
+    values: what the pieces are worth, where the graph holds them only with something added (a
+        bias), which leaves the gradient as it is; None = the pieces themselves.
     """
 
     pieces: tuple[Tensor, ...]
     place: Callable[[Sequence[Tensor]], Tensor]
+    values: tuple[Tensor, ...] | None = None
 
 
 @runtime_checkable
@@ -71,8 +74,11 @@ class Side(Protocol):
     where unknown.
     """
 
-    name: str
-    facts: Mapping[str, Any]
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def facts(self) -> Mapping[str, Any]: ...
 
     def leaves(self) -> Mapping[str, Leaf]:
         """Parameters by common names: up_weight, down_weight, up_bias, down_bias, router.NAME, and
@@ -81,7 +87,8 @@ class Side(Protocol):
 
     def run(self, x_TH: Tensor, given: Mapping[str, Tensor]) -> Mapping[str, Tensor | Scattered]:
         """Every stage that can be seen, with its graph. A stage that is given is returned as this
-        side computed it, where it did, while the given value is what went on from there.
+        side computed it, where it did, while the given value is what went on from there. "grad
+        NAME" are gradients that it computed itself, for the same `cotangent` at the last stage.
 
         Raises EquivalenceError where a given stage cannot be forced."""
         ...
@@ -127,6 +134,7 @@ def observe(
     }
     with torch.enable_grad():
         stages = dict(side.run(x_TH, forced))
+        told = {name: stages.pop(name) for name in list(stages) if name.startswith("grad ")}
         leaves = side.leaves()
         roots: list[tuple[Tensor | Scattered, Tensor | None]] = []
         last = next((stages[name] for name in ROOTS if name in stages), None)
@@ -142,12 +150,15 @@ def observe(
             wanted = source if isinstance(source, Tensor) else x_TH
             (gradient,) = torch.autograd.grad(losses.sum(), [wanted], allow_unused=True)
             grads["losses"] = torch.zeros_like(wanted) if gradient is None else gradient
+    grads |= {name.removeprefix("grad "): _whole(gradient) for name, gradient in told.items()}
     values = {name: _whole(stage).detach() for name, stage in stages.items()}
     return Trace(values, {name: gradient.detach() for name, gradient in grads.items()})
 
 
 def _whole(stage: Tensor | Scattered) -> Tensor:
-    return stage if isinstance(stage, Tensor) else stage.place(stage.pieces)
+    if isinstance(stage, Tensor):
+        return stage
+    return stage.place(stage.pieces if stage.values is None else stage.values)
 
 
 def _gradients(

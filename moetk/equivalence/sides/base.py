@@ -1,0 +1,95 @@
+"""What the sides of modules share: copies, and the choice a side makes when none is forced."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+
+from moetk.context import RouterContext
+from moetk.equivalence.sides.counters import Forward, gained_by_counter
+from moetk.equivalence.sides.routed import Given, counts_of, forcing
+from moetk.equivalence.trace import Scattered
+from moetk.errors import EquivalenceError
+from moetk.experts import ExpertBank
+from moetk.layers.shells import SITE, Site
+
+Stages = dict[str, Tensor | Scattered]
+CHOICE_BIAS = "e_score_correction_bias"
+
+
+class ModuleSide:
+    """A side that runs one nn.Module; a subclass gives `_stages`, one run of it."""
+
+    def __init__(self, module: nn.Module, ctx: RouterContext) -> None:
+        self.module, self.ctx = module, ctx
+        self.name = type(module).__name__
+
+    def run(self, x_TH: Tensor, given: Given) -> Stages:
+        with forcing(given, self.name):
+            stages = self._stages(x_TH, given)
+            if "indices" in given and "indices" in stages:
+                with torch.no_grad():
+                    stages["indices"] = self._stages(x_TH.detach(), {})["indices"]
+        return stages
+
+    def eager(self) -> Self:
+        side = self._of_copy()
+        for one in side.module.modules():
+            _run_plainly(one)
+        return side
+
+    def in_double(self) -> Self:
+        side = self._of_copy()
+        side.module.double()
+        return side
+
+    def _stages(self, x_TH: Tensor, given: Given) -> Stages:
+        raise NotImplementedError
+
+    def _of_copy(self) -> Self:
+        side = copy.copy(self)
+        side.module = copy.deepcopy(self.module)
+        return side
+
+    def _context(self, x_TH: Tensor, given: Given) -> RouterContext:
+        """The context of one run. Raises EquivalenceError where it was made for other tokens."""
+        shape = self.ctx.batch_shape
+        if shape is not None and shape[0] * shape[1] != len(x_TH):
+            raise EquivalenceError(
+                f"{self.name} got T={len(x_TH)} tokens, but its context says batch_shape={shape}; "
+                "pass the ctx of this input."
+            )
+        return replace(self.ctx, replay=given.get("indices", self.ctx.replay))
+
+    def _counts(
+        self, ids_TK: Tensor, num_experts: int, ctx: RouterContext, forward: Forward, x_TH: Tensor
+    ) -> Tensor:
+        """(E,) int64: what a counter of the module's counts, else the choices themselves."""
+        biases = [b for n, b in self.module.named_buffers() if n.rsplit(".", 1)[-1] == CHOICE_BIAS]
+        gained_E = gained_by_counter(self.module, num_experts, forward, x_TH, biases)
+        return counts_of(ids_TK, num_experts, ctx) if gained_E is None else gained_E
+
+
+def require_module(router: object, name: str) -> None:
+    """Raise EquivalenceError for a router that nobody can cast to float64."""
+    if not isinstance(router, nn.Module):
+        raise EquivalenceError(
+            f"{name} has no float64 copy: its router is a {type(router).__name__}, and what that "
+            "holds cannot be cast. Make it an nn.Module."
+        )
+
+
+def _run_plainly(module: nn.Module) -> None:
+    """Experts by a loop in plain torch, whoever's they are."""
+    site = vars(module).get(SITE)
+    if isinstance(site, Site):
+        site.backend = "reference"
+    elif isinstance(module, ExpertBank):
+        module.backend = "reference"
+    config = vars(module).get("config")
+    if getattr(config, "_experts_implementation", None) is not None:
+        config._experts_implementation = "eager"  # type: ignore[union-attr]

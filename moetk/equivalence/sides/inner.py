@@ -1,0 +1,190 @@
+"""From overheard products to the stages inside the experts: up, activation, expert_output.
+
+Letters: T tokens, K choices a token, N rows of one product, W the width of a stage.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moetk.equivalence.sides.products import Place, Product, Products
+from moetk.equivalence.sides.rows import choices_of_rows
+from moetk.equivalence.trace import Scattered
+
+
+@dataclass(frozen=True, eq=False)
+class Asked:
+    """What the experts were asked: their input, and the choices to compute.
+
+    ids_TK: -1 = not to be computed (unused or dropped).
+    """
+
+    x_TH: Tensor
+    ids_TK: Tensor
+    weights_TK: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Inner:
+    """The stages that could be told with certainty, and the choices that were computed."""
+
+    stages: dict[str, Tensor | Scattered]
+    computed_TK: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class _Piece:
+    place: Place
+    value: Tensor
+    choices_N: Tensor
+
+
+def inner_stages(products: Products, asked: Asked, combined_TH: Tensor) -> Inner:
+    """up (T, K, J), all gate columns before all up columns and before its bias; activation
+    (T, K, I); expert_output (T, K, H), with its bias and before the routing weight. Rows of zeros
+    where nothing was computed.
+
+    A stage is left out where its rows cannot be told for certain, and expert_output where the
+    experts weigh before their second product.
+    """
+    bank, made = products.bank, products.made
+    if not products.clear or (not made and bool((asked.ids_TK >= 0).any())):
+        return Inner({})
+    ups: list[tuple[Product, Tensor]] = []
+    downs: list[tuple[Product, Tensor]] = []
+    for product in made:
+        if product.part == "up":
+            choices_N = _choices(product, asked, bank.scaled)
+            if choices_N is None:
+                return Inner({})
+            ups.append((product, choices_N))
+        else:
+            rows = [
+                c for up, c in ups if up.expert == product.expert and len(c) == len(product.value)
+            ]
+            if not rows:
+                return Inner({})
+            downs.append((product, rows[-1]))
+    computed_N = _covered(ups, asked.ids_TK.numel())
+    if computed_N is None or _covered(downs, asked.ids_TK.numel()) is None:
+        return Inner({})
+
+    stages: dict[str, Tensor | Scattered] = {
+        "up": _scattered(
+            [_Piece(_graph_of_up(p), p.value, n) for p, n in ups], asked, bank.up_width,
+            bank.together,
+        ),
+        "activation": _scattered(
+            [_Piece(p.left, p.left_value, n) for p, n in downs], asked, bank.width
+        ),
+    }  # fmt: skip
+    outputs = [_output(p, n, bank.down_bias is not None) for p, n in downs]
+    if not bank.scaled and None not in outputs:
+        output = _scattered([piece for piece in outputs if piece], asked, bank.hidden_size)
+        if _weighs_after(output, asked, combined_TH):
+            stages["expert_output"] = output
+    return Inner(stages, computed_N.view(asked.ids_TK.shape))
+
+
+def _choices(product: Product, asked: Asked, scaled: bool) -> Tensor | None:
+    """(N,) the choice of each row of an up product, -1 = nobody's; None = it cannot be told."""
+    flat_N, num_choices = asked.ids_TK.flatten(), asked.ids_TK.shape[1]
+    left_NA = product.left_value
+
+    def inputs(choices_C: Tensor) -> Tensor:
+        rows = asked.x_TH.detach()[choices_C // max(num_choices, 1)]
+        if scaled:
+            rows = rows * asked.weights_TK.detach().flatten()[choices_C][:, None]
+        return rows.to(left_NA.dtype)
+
+    def of(expert: int, rows_NA: Tensor) -> Tensor | None:
+        named = (flat_N == expert).nonzero()[:, 0]
+        if rows_NA.shape[1] != asked.x_TH.shape[1]:
+            return None
+        return choices_of_rows(rows_NA, named, num_choices, inputs)
+
+    if product.expert is not None:
+        return of(product.expert, left_NA)
+    found, start = [], 0
+    for expert, end in enumerate(product.offsets):
+        choices = of(expert, left_NA[start:end])
+        if choices is None:
+            return None
+        found.append(choices)
+        start = end
+    tail = torch.full((len(left_NA) - start,), -1, dtype=torch.int64, device=left_NA.device)
+    return torch.cat([*found, tail])
+
+
+def _covered(parts: Sequence[tuple[Product, Tensor]], total: int) -> Tensor | None:
+    """(T * K,) bool: the choices that have a row; None where one has two."""
+    device = parts[0][1].device if parts else None
+    counts = torch.zeros(total, dtype=torch.int64, device=device)
+    for _, choices_N in parts:
+        counts += torch.bincount(choices_N[choices_N >= 0], minlength=total)
+    return None if bool((counts > 1).any()) else counts > 0
+
+
+def _graph_of_up(product: Product) -> Place:
+    """Where the product's gradient is: itself, or what a bias was added to inside one node."""
+    if not product.out.tensor.requires_grad and product.summed is not None:
+        return Place(product.summed, product.out.start)
+    return product.out
+
+
+def _output(product: Product, choices_N: Tensor, has_bias: bool) -> _Piece | None:
+    if not has_bias:
+        return _Piece(product.out, product.value, choices_N)
+    if product.summed is None or product.summed_value is None:
+        return None
+    start = product.out.start
+    value = product.summed_value[start : start + len(choices_N)]
+    return _Piece(Place(product.summed, start), value, choices_N)
+
+
+def _scattered(
+    pieces: Sequence[_Piece],
+    asked: Asked,
+    width: int,
+    common: Callable[[Tensor], Tensor] = lambda rows: rows,
+) -> Scattered:
+    """The pieces of one stage; several that lie in one tensor become one."""
+    nodes: dict[int, Tensor] = {}
+    values: dict[int, Tensor] = {}
+    rows: dict[int, list[Tensor]] = {}
+    for piece in pieces:
+        node, start, count = piece.place.tensor, piece.place.start, len(piece.value)
+        key = id(node)
+        if key not in nodes:
+            nodes[key], rows[key] = node, []
+            values[key] = piece.value.new_zeros(len(node), piece.value.shape[1])
+        values[key][start : start + count] = piece.value
+        used = (piece.choices_N >= 0).nonzero()[:, 0]
+        rows[key].append(torch.stack([used + start, piece.choices_N[used]]))
+    maps = [torch.cat(rows[key], 1) for key in nodes]
+    shape = (*asked.ids_TK.shape, width)
+    empty = asked.x_TH.detach()
+
+    def place(tensors: Sequence[Tensor]) -> Tensor:
+        whole = (tensors[0] if tensors else empty).new_zeros(shape[0] * shape[1], width)
+        for tensor, (source, choice) in zip(tensors, maps, strict=True):
+            whole[choice] = tensor[source].to(whole.dtype)
+        return common(whole).view(shape)
+
+    return Scattered(tuple(nodes.values()), place, tuple(values[key] for key in nodes))
+
+
+def _weighs_after(output: Scattered, asked: Asked, combined_TH: Tensor) -> bool:
+    """The outputs times their weights, and not the outputs alone, are what was combined."""
+    output_TKH = output.place(output.values or output.pieces).detach().double()
+    combined = combined_TH.detach().reshape(len(output_TKH), -1).double()
+    if combined.shape[1] != output_TKH.shape[2]:
+        return True
+    weights_TK1 = asked.weights_TK.detach().double()[..., None]
+    after = (output_TKH * weights_TK1).sum(1) - combined
+    before = output_TKH.sum(1) - combined
+    return not bool(before.norm() < after.norm())

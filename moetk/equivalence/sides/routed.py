@@ -1,0 +1,91 @@
+"""The stages that a routing shows.
+
+Letters: T tokens, E experts, K choices a token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moetk.context import RouterContext
+from moetk.errors import EquivalenceError, MoetkError
+from moetk.kernels.counting import count_choices, mask_of
+from moetk.routing import Routing, TokenChoice
+
+Given = Mapping[str, Tensor]
+
+
+def routing_stages(routing: Routing, ctx: RouterContext) -> dict[str, Tensor]:
+    """logits, scores and choice where the router keeps them; of a TokenChoice also indices,
+    weights, counts of the unmasked tokens' choices and dispatched: those used and kept."""
+    named = {"logits": "logits_TE", "scores": "scores_TE", "choice": "choice_TE"}
+    stages = {
+        stage: value
+        for stage, name in named.items()
+        if isinstance(value := getattr(routing, name, None), Tensor)
+    }
+    if isinstance(routing, TokenChoice):
+        stages["indices"], stages["weights"] = routing.experts_TK, routing.weights_TK
+        stages["counts"] = counts_of(routing.experts_TK, routing.num_experts, ctx)
+        stages["dispatched"] = computed_choices(routing) >= 0
+    return stages
+
+
+def counts_of(ids_TK: Tensor, num_experts: int, ctx: RouterContext) -> Tensor:
+    """(E,) int64."""
+    return count_choices(ids_TK, num_experts, mask_of(ctx, len(ids_TK)))[0]
+
+
+def computed_choices(routing: TokenChoice) -> Tensor:
+    """(T, K) ids, -1 where a choice is unused or dropped."""
+    ids_TK = routing.experts_TK
+    return ids_TK if routing.kept_TK is None else ids_TK.masked_fill(~routing.kept_TK, -1)
+
+
+def with_weights(routing: Routing, given: Given, who: str) -> Routing:
+    """The routing with the given weights; a choice that the router dropped stays at 0.
+
+    Raises EquivalenceError where they do not fit it.
+    """
+    if "weights" not in given:
+        return routing
+    weights_TK = given["weights"]
+    if not isinstance(routing, TokenChoice) or weights_TK.shape != routing.experts_TK.shape:
+        raise EquivalenceError(
+            f"{who} cannot take weights {tuple(weights_TK.shape)}: its routing is a "
+            f"{type(routing).__name__}"
+            + (
+                f" of {tuple(routing.experts_TK.shape)}; give indices of the weights' shape too."
+                if isinstance(routing, TokenChoice)
+                else ", which has no weight for each token's choices."
+            )
+        )
+    if routing.kept_TK is not None:
+        weights_TK = weights_TK.masked_fill(~routing.kept_TK, 0)
+    return replace(routing, weights_TK=weights_TK)
+
+
+@contextmanager
+def forcing(given: Given, who: str) -> Iterator[None]:
+    """moetk's own refusals of a given stage, as EquivalenceError."""
+    try:
+        yield
+    except EquivalenceError:
+        raise
+    except MoetkError as error:
+        if not given:
+            raise
+        raise EquivalenceError(f"{who} cannot take given {', '.join(given)}: {error}") from error
+
+
+def loss_stage(losses: Sequence[Any], routing: Routing, ctx: RouterContext) -> dict[str, Tensor]:
+    """(n,): each attached loss of the router's own routing, with its graph."""
+    if not losses:
+        return {}
+    return {"losses": torch.stack([loss(routing, ctx) for loss in losses])}

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from moetk.equivalence.judge import Verdict
+from moetk.equivalence.model_report import ModelReport
 from moetk.equivalence.report import Report, Row
 from moetk.errors import ConfigError
 from moetk.io import write_file
@@ -37,6 +38,44 @@ def plot(report: Report) -> Figure:
             left, right = figure.subplots(1, 2, width_ratios=(2.4, 1))
             errors_over_stages(left, report)
             margin_histogram(right, *margins)
+    return figure
+
+
+def plot_layers(report: ModelReport) -> Figure:
+    """The error of every layer: where nothing is handed down, and where it piles up. Raises
+    ConfigError without matplotlib."""
+    layers = report.layers
+    worst = [
+        max(
+            filter(None, (_error(row.local or row.accumulated) for row in layer.report.rows)),
+            default=0.0,
+        )
+        for layer in layers
+    ]
+    function = [
+        max(filter(None, (row.function for row in layer.report.rows)), default=0.0)
+        for layer in layers
+    ]
+    series: list[tuple[str, list[float], Any]] = [
+        ("entering, models left alone", [layer.entering for layer in layers] + [report.logits],
+         {"marker": "o", "ms": 7.5, "mfc": "white", "mec": QUIET, "color": "#c3cbd4", "ls": "-"}),
+        ("worst stage at equal inputs", worst, {"marker": "o", "ms": 5, "color": COLOURS[0]}),
+        ("as a function, in fp64", function, {"marker": "D", "ms": 4.5, "color": COLOURS[2]}),
+        ("before the layer, in fp64", [layer.before for layer in layers] + [report.after],
+         {"marker": "s", "ms": 4.5, "color": COLOURS[3]}),
+    ]  # fmt: skip
+    scale = LogScale.of([values for _, values, _ in series])
+    with drawing(13, 4.6) as figure:
+        axes = figure.subplots()
+        for name, values, look in series:
+            axes.plot([scale.place(v) for v in values], label=name, **{"ls": "", **look})
+        if report.first is not None:
+            place = report.first.index
+            axes.axvspan(place - 0.5, place + 0.5, color=WRONG, alpha=0.14, lw=0)
+        scale.apply(axes)
+        names = [layer.name.removeprefix("model.") for layer in layers]
+        _name_stages(axes, [*names, "logits"])
+        axes.set_title(f"{_short(report.b)}  against  {_short(report.a)}", loc="left", pad=30)
     return figure
 
 
@@ -73,12 +112,16 @@ def errors_over_stages(axes: Axes, report: Report) -> None:
         axes.plot([index - 0.38, index + 0.38], [height] * 2, color=INK, lw=1.3, label=label)
     _mark_first(axes, report, rows)
     scale.apply(axes)
-    axes.set_xlim(-0.7, len(rows) - 0.3)
+    _name_stages(axes, [row.stage for row in rows])
+    axes.set_title(f"{_short(report.b)}  against  {_short(report.a)}", loc="left", pad=30)
+
+
+def _name_stages(axes: Axes, names: Sequence[str]) -> None:
+    axes.set_xlim(-0.7, len(names) - 0.3)
     axes.grid(visible=False, axis="x")
-    axes.set_xticks(range(len(rows)), [row.stage for row in rows], rotation=55, ha="right")
+    axes.set_xticks(range(len(names)), names, rotation=55, ha="right")
     axes.tick_params(axis="x", labelsize=9.5, length=0)
     axes.set_ylabel("relative error")
-    axes.set_title(f"{_short(report.b)}  against  {_short(report.a)}", loc="left", pad=30)
     axes.legend(loc="lower left", bbox_to_anchor=(-0.01, 1), ncols=4, fontsize=9.5,
                 handletextpad=0.3, columnspacing=1.4)  # fmt: skip
 

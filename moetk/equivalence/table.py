@@ -73,7 +73,7 @@ def explain(report: Report) -> str:
         facts.append(("cause", report.cause))
         facts += [("fix", one.fix) for one in report.causes]
     facts += [("note", note) for note in report.notes]
-    return "\n".join(_wrapped(name, text) for name, text in facts)
+    return "\n".join(fact(name, text) for name, text in facts)
 
 
 def choices_line(report: Report) -> str:
@@ -177,6 +177,7 @@ def _both(a: str, b: str) -> str:
     return a if a == b else f"{a}|{b}"
 
 
-def _wrapped(name: str, text: str) -> str:
+def fact(name: str, text: str) -> str:
+    """A named line, wrapped."""
     indent = " " * 10
     return textwrap.fill(text, WIDTH, initial_indent=f"{name:<10}", subsequent_indent=indent)

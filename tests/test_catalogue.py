@@ -1,4 +1,4 @@
-"""Published settings, number by number: those of the papers, and of Transformers' configurations."""
+"""Published settings, number by number: the papers', and Transformers' configurations'."""
 
 from __future__ import annotations
 

@@ -87,6 +87,7 @@ class Child:
 
 def main() -> int:
     options = arguments()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped; started again it goes on"))
     os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     with tempfile.TemporaryDirectory(prefix="moetk-mutation-") as folder:
         tree = Path(folder).resolve() / "tree"
@@ -180,27 +181,33 @@ def judged(
     limit = 60 + 4 * sum(known.seconds.values())
     waiting = deque(todo)
     running: dict[Mutant, Child] = {}
-    while waiting or running:
-        while waiting and len(running) < workers:
-            mutant = waiting.popleft()
-            source = mutant.apply((tree / mutant.file).read_text(encoding="utf-8"))
-            order = known.order(mutant.file, mutant.line)
-            running[mutant] = fork(judge, tree, mutant.file, source, order)
-        answered = wait([child.answer for child in running.values()], timeout=1)
-        for mutant, child in list(running.items()):
-            seconds = time.monotonic() - child.started
-            if child.answer in answered:
-                try:
-                    verdict: Verdict = child.answer.recv()
-                except EOFError:
-                    child.process.join()
-                    verdict = Verdict("crash", f"the process ended with {child.process.exitcode}")
-            elif seconds > limit:
-                verdict = Verdict("timeout", f"{limit:.0f} s")
-            else:
-                continue
-            running.pop(mutant).kill()
-            yield mutant, verdict, seconds
+    try:
+        while waiting or running:
+            while waiting and len(running) < workers:
+                mutant = waiting.popleft()
+                source = mutant.apply((tree / mutant.file).read_text(encoding="utf-8"))
+                order = known.order(mutant.file, mutant.line)
+                running[mutant] = fork(judge, tree, mutant.file, source, order)
+            answered = wait([child.answer for child in running.values()], timeout=1)
+            for mutant, child in list(running.items()):
+                seconds = time.monotonic() - child.started
+                if child.answer in answered:
+                    try:
+                        verdict: Verdict = child.answer.recv()
+                    except EOFError:
+                        child.process.join()
+                        verdict = Verdict(
+                            "crash", f"the process ended with {child.process.exitcode}"
+                        )
+                elif seconds > limit:
+                    verdict = Verdict("timeout", f"{limit:.0f} s")
+                else:
+                    continue
+                running.pop(mutant).kill()
+                yield mutant, verdict, seconds
+    finally:
+        for child in running.values():
+            child.kill()
 
 
 def as_row(mutant: Mutant, tree: Path, verdict: Verdict, seconds: float, commit: str) -> Row:

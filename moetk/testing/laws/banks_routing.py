@@ -12,16 +12,14 @@ from hypothesis import strategies as st
 from hypothesis.strategies import DrawFn, SearchStrategy
 from torch import Tensor
 
-from moetk.errors import UnsupportedRoutingError
 from moetk.experts import BankSpec, ExpertBank
-from moetk.routing import ExpertChoice, Routing, SoftChoice, TokenChoice
+from moetk.routing import Routing, TokenChoice
 from moetk.testing.law import Case, hold, law
 from moetk.testing.laws.banks_subject import (
     BankUnderTest,
     agree,
     agree_all,
     bank_under_test,
-    cotangent,
     needs_output_scale,
     results,
     routed,
@@ -32,14 +30,9 @@ from moetk.testing.laws.banks_subject import (
 from moetk.testing.strategies.routings import (
     DISTINCT,
     REPEATED,
-    TOKENS,
-    expert_choice,
     generator,
     normal,
-    rows,
     seed_of,
-    seeds,
-    soft_choice,
 )
 
 
@@ -66,7 +59,7 @@ class _Stacks(RightBank):
     "B1",
     "a batch without tokens",
     formula="T = 0: y is (0, H), every gradient is there and is 0",
-    source="arXiv 2202.09368 has no empty batch, ranks of expert parallelism do",
+    source="a rank of expert parallelism without tokens still takes part in backward",
     cases=lambda subject: routed(subject, tokens=(0,), patterns=("random", "dropped")),
     broken=lambda: bank_under_test(_Stacks()),
 )
@@ -99,7 +92,7 @@ class _CountsFromTheEnd(RightBank):
     "B2",
     "an unused slot is not there",
     formula="y with slots of id -1 put in anywhere = y; d/dw of such a slot = 0",
-    source="api.md: -1 = slot unused, weight 0; arXiv 2403.07652 (top-p leaves slots unused)",
+    source="moetk.TokenChoice: -1 = unused slot, as top-p routing leaves them (arXiv 2403.07652)",
     cases=lambda subject: routed(subject),
     broken=lambda: bank_under_test(_CountsFromTheEnd()),
 )
@@ -167,7 +160,7 @@ def dropped_choices(subject: BankUnderTest, case: Case) -> None:
 
 
 class _LastDuplicateWins(RightBank):
-    """Writes the weights into a (T, E) table, where a second one of an expert replaces the first."""
+    """Writes weights into a (T, E) table, where a second one of an expert replaces the first."""
 
     def forward(self, x_TH: Tensor, routing: Routing) -> Tensor:
         assert isinstance(routing, TokenChoice)
@@ -320,7 +313,7 @@ class _SortsIdsAlone(RightBank):
     "B7",
     "the order of a token's slots is irrelevant",
     formula="y(e[:, p], w[:, p]) = y(e, w) for a permutation p of each row",
-    source="expert_parallel.md, I6: rounding apart, a sum has no order",
+    source="rounding apart a sum has no order; torch.topk(sorted=False) leaves any",
     cases=lambda subject: routed(subject),
     broken=lambda: bank_under_test(_SortsIdsAlone()),
 )
@@ -385,154 +378,6 @@ def weight_dtypes(subject: BankUnderTest, case: Case) -> None:
     agree_all(subject, got, want, num_rows=rows_of(case), because=f"weights in {dtype}")
 
 
-# B9 and B10: the other kinds of routing.
-
-
-def _refuses(subject: BankUnderTest, routing: Routing) -> str | None:
-    kind = type(routing).__name__
-    x_TH = torch.zeros(_rows_of(routing), subject.hidden_size, dtype=subject.dtype)
-    try:
-        subject(x_TH, routing)
-    except UnsupportedRoutingError:
-        return f"it refuses a {kind} with UnsupportedRoutingError"
-    return None
-
-
-def _rows_of(routing: Routing) -> int:
-    if isinstance(routing, SoftChoice):
-        return routing.dispatch_BSP.shape[0] * routing.dispatch_BSP.shape[1]
-    assert isinstance(routing, ExpertChoice)
-    return routing.num_tokens
-
-
-def _takes_expert_choice(subject: BankUnderTest) -> str | None:
-    if subject.num_experts != subject.real_experts:
-        return "special experts take tokens that choose them"
-    return _refuses(subject, expert_choice(2, subject.num_experts, 1, generator(0), subject.dtype))
-
-
-@st.composite
-def _expert_choice_rows(draw: DrawFn, subject: BankUnderTest) -> Case:
-    num_tokens, seed = draw(st.sampled_from(TOKENS)), draw(seeds())
-    capacity, source = draw(st.integers(0, num_tokens)), generator(seed)
-    routing = expert_choice(num_tokens, subject.num_experts, capacity, source, subject.dtype)
-    return Case(
-        {
-            "x_TH": rows(num_tokens, subject.hidden_size, "gaussian", source, subject.dtype),
-            "g_TH": normal((num_tokens, subject.hidden_size), source, subject.dtype),
-            "tokens_EC": routing.tokens_EC,
-            "weights_EC": routing.weights_EC,
-        },
-        {"seed": seed},
-    )
-
-
-class _OneExpertAToken(RightBank):
-    """Writes the rows of an ExpertChoice back with index_copy: a token that two experts took keeps
-    one output."""
-
-    def forward(self, x_TH: Tensor, routing: Routing) -> Tensor:
-        if isinstance(routing, ExpertChoice):
-            tokens_EC = routing.tokens_EC
-            flat_N = tokens_EC.flatten()
-            later_N = (flat_N[:, None] == flat_N[None, :]).triu(1).any(-1)
-            routing = replace(
-                routing, tokens_EC=tokens_EC.masked_fill(later_N.view(tokens_EC.shape), -1)
-            )
-        return super().forward(x_TH, routing)
-
-
-@law(
-    "B9",
-    "experts that choose tokens are tokens that choose experts",
-    formula="y(tokens_EC, weights_EC) = y of the TokenChoice of the same pairs; -1 adds nothing",
-    source="arXiv 2202.09368, section 3.2",
-    cases=_expert_choice_rows,
-    broken=lambda: bank_under_test(_OneExpertAToken()),
-    unless=_takes_expert_choice,
-)
-def expert_choice_is_its_transpose(subject: BankUnderTest, case: Case) -> None:
-    x_TH, tokens_EC = case["x_TH"], case["tokens_EC"]
-    num_experts, num_tokens = len(tokens_EC), len(x_TH)
-    routing = ExpertChoice(tokens_EC, case["weights_EC"], num_tokens)
-    g_TH = cotangent(subject, x_TH, routing, case["g_TH"])
-    # Column e of the transpose: expert e where it took the token, with the weight it has there.
-    took_TEC = tokens_EC == torch.arange(num_tokens)[:, None, None]
-    experts_TE = torch.where(took_TEC.any(-1), torch.arange(num_experts), -1)
-    weights_TE = (took_TEC * routing.weights_EC).sum(-1)
-    found = results(subject, x_TH, routing, g_TH)
-    want = results(subject, x_TH, TokenChoice(experts_TE, weights_TE, num_experts), g_TH)
-    dw_TE = want.pop("d weights_TK")
-    want["d weights_EC"] = (took_TEC * dw_TE[..., None]).sum(0)
-    size = tokens_EC.numel() + 1
-    agree_all(subject, found, want, num_rows=size, because="ExpertChoice against TokenChoice")
-
-
-def _takes_soft_choice(subject: BankUnderTest) -> str | None:
-    if subject.num_experts != subject.real_experts:
-        return "special experts take tokens that choose them"
-    if subject.scale != "output":
-        return needs_output_scale(subject)
-    return _refuses(subject, soft_choice(1, 2, subject.num_experts, 1, generator(0), subject.dtype))
-
-
-@st.composite
-def _soft_choice_rows(draw: DrawFn, subject: BankUnderTest) -> Case:
-    batch, length = draw(st.integers(1, 3)), draw(st.sampled_from((1, 2, 4, 0)))
-    slots, seed = draw(st.integers(1, 2)), draw(seeds())
-    source, hidden = generator(seed), subject.hidden_size
-    routing = soft_choice(batch, length, subject.num_experts, slots, source, subject.dtype)
-    return Case(
-        {
-            "x_TH": rows(batch * length, hidden, "gaussian", source, subject.dtype),
-            "g_TH": normal((batch * length, hidden), source, subject.dtype),
-            "dispatch_BSP": routing.dispatch_BSP,
-            "combine_BSP": routing.combine_BSP,
-        },
-        {"seed": seed},
-    )
-
-
-class _MixesSequences(RightBank):
-    """Forgets the batch: all sequences of it share one set of slots."""
-
-    def forward(self, x_TH: Tensor, routing: Routing) -> Tensor:
-        if isinstance(routing, SoftChoice):
-            routing = replace(
-                routing,
-                dispatch_BSP=routing.dispatch_BSP.flatten(0, 1)[None],
-                combine_BSP=routing.combine_BSP.flatten(0, 1)[None],
-            )
-        return super().forward(x_TH, routing)
-
-
-@law(
-    "B10",
-    "slots are rows of their expert, and of their sequence",
-    formula="Y_b = C_b f(D_b' X_b), slot p at expert p // (P / E)",
-    source="arXiv 2308.00951, algorithm 1",
-    cases=_soft_choice_rows,
-    broken=lambda: bank_under_test(_MixesSequences()),
-    unless=_takes_soft_choice,
-)
-def soft_choice_is_a_bank_of_slots(subject: BankUnderTest, case: Case) -> None:
-    x_TH, dispatch_BSP, combine_BSP = case["x_TH"], case["dispatch_BSP"], case["combine_BSP"]
-    batch, length, num_slots = dispatch_BSP.shape
-    routing = SoftChoice(dispatch_BSP, combine_BSP, subject.num_experts)
-    found = subject(x_TH, routing).detach()
-    x_BSH = x_TH.view(batch, length, subject.hidden_size)
-    slots_BPH = torch.einsum("bsp,bsh->bph", dispatch_BSP, x_BSH)
-    expert_P = torch.arange(num_slots) // (num_slots // subject.num_experts)
-    experts_N1 = expert_P.repeat(batch)[:, None]
-    of_slot = TokenChoice(
-        experts_N1, torch.ones(experts_N1.shape, dtype=x_TH.dtype), subject.num_experts
-    )
-    out_BPH = subject(slots_BPH.flatten(0, 1), of_slot).detach().view_as(slots_BPH)
-    want = torch.einsum("bsp,bph->bsh", combine_BSP, out_BPH).reshape(x_TH.shape)
-    size = out_BPH.norm() * max(1, length)  # what the softmax weights add up, which cancels
-    agree(subject, found, want, "y_TH of a SoftChoice", num_rows=length * num_slots, size=size)
-
-
 LAWS = (
     no_tokens,
     unused_slots,
@@ -542,6 +387,4 @@ LAWS = (
     linear_in_weights,
     slot_order,
     weight_dtypes,
-    expert_choice_is_its_transpose,
-    soft_choice_is_a_bank_of_slots,
 )

@@ -60,7 +60,7 @@ class _HasRoomForFew(RightBank):
     "B11",
     "the order of the tokens is irrelevant",
     formula="y(x[p], routing[p]) = y(x, routing)[p], and so every gradient",
-    source="jax_interop.md, P3: the part of it that a bank can keep",
+    source="arXiv 1701.06538, equation 1, speaks of one token",
     cases=routed,
     broken=lambda: bank_under_test(_HasRoomForFew()),
 )
@@ -92,7 +92,7 @@ class _AveragesByLoad(RightBank):
     "B12",
     "a batch is its parts",
     formula="y(x || x') = y(x) || y(x'); parameter gradients add up",
-    source="jax_interop.md, P40: batch and chunk invariance without drops",
+    source="arXiv 2211.15841: without drops no token sees another",
     cases=routed,
     broken=lambda: bank_under_test(_AveragesByLoad()),
 )
@@ -130,7 +130,7 @@ class _DispatchesByProduct(RightBank):
     "B13",
     "a row of NaN stays in its row",
     formula="x_s := NaN, +inf or -inf leaves y_t and dx_t, dw_t of t != s as they were (g_s = 0)",
-    source="jax_interop.md, P24; arXiv 2006.16668 dispatches by einsum, where it leaks",
+    source="arXiv 2006.16668 dispatches by einsum over tokens, where 0 times NaN leaks",
     cases=lambda subject: routed(subject, tokens=(2, 5, 9)),
     broken=lambda: bank_under_test(_DispatchesByProduct()),
 )
@@ -175,7 +175,7 @@ def _any_layout(draw: DrawFn, subject: BankUnderTest) -> Case:
     "B14",
     "rows and cotangents in any layout",
     formula="y and every gradient at strided x, weights and g = at contiguous copies of them",
-    source="jax_interop.md, P43; y.sum().backward() sends an expanded cotangent",
+    source="y.sum().backward() sends an expanded cotangent, a split of QKV sliced rows",
     cases=_any_layout,
     broken=lambda: bank_under_test(_IgnoresStrides()),
 )
@@ -238,7 +238,7 @@ class _DropsOutInEval(RightBank):
     "B16",
     "the same call is the same, to the bit",
     formula="two runs in eval mode: y and every gradient bitwise equal",
-    source="expert_parallel.md, I11; recomputed activations are a second run",
+    source="activation checkpointing takes a second run for the first",
     cases=routed,
     broken=lambda: bank_under_test(_DropsOutInEval()),
 )
@@ -277,7 +277,7 @@ class _RemembersTheLastCall(RightBank):
     "B17",
     "two calls in flight",
     formula="y, y' forward, then y', y backward = each alone",
-    source="expert_parallel.md, I12: pipelines and activation checkpointing interleave calls",
+    source="pipelines and activation checkpointing interleave calls",
     cases=lambda subject: routed(subject, tokens=(2, 5, 9)),
     broken=lambda: bank_under_test(_RemembersTheLastCall()),
 )

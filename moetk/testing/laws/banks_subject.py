@@ -17,13 +17,14 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from moetk.equivalence.judge import floor
-from moetk.errors import MoeDtypeError, RouterConfigError
+from moetk.errors import RouterConfigError
 from moetk.experts import BankSpec, BankWeights
 from moetk.routing import Routing, TokenChoice
 from moetk.testing.law import Case, hold
 from moetk.testing.strategies.routings import routed_rows, routing_of
 
 Tensors = Mapping[str, Tensor]
+Forward = Callable[[Tensor, Routing, Tensors], Tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,7 +33,7 @@ class BankUnderTest:
 
     num_experts: ids it answers, special ones included. dtype: of rows, and of its parameters.
     spec: what it computes, None = not known. scale: where it applies the routing weight.
-    parameters: the trained ones, by name; none for a plain function.
+    parameters: by name, all of them trained; none for a plain function.
     """
 
     bank: Callable[[Tensor, Routing], Tensor]
@@ -49,18 +50,20 @@ class BankUnderTest:
 
     @property
     def per_expert(self) -> dict[str, Tensor]:
-        """Parameters and buffers with one row an expert: those of a bank with a spec, else those
-        that are (E, ...) and cannot be (H, ...)."""
+        """What has one row an expert: the parameters that the spec speaks of; without a spec all
+        of them and the buffers, if each is (E, ...) and one has three dimensions; else nothing."""
+        named = list(weight_names(self).values())
+        if named:
+            return {name: self.parameters[name] for name in named}
+        held = {**self.parameters, **self.buffers}
+        stacked = all(t.ndim > 1 and t.shape[0] == self.real_experts for t in held.values())
+        return held if stacked and any(t.ndim > 2 for t in held.values()) else {}
+
+    @property
+    def buffers(self) -> dict[str, Tensor]:
         if not isinstance(self.bank, nn.Module):
             return {}
-        held = dict([*self.bank.named_parameters(), *self.bank.named_buffers()])
-
-        def is_stacked(tensor: Tensor) -> bool:
-            rows = tensor.shape[0] if tensor.ndim else 0
-            clear = tensor.ndim > 2 or self.real_experts != self.hidden_size
-            return rows == self.real_experts and (clear or self.spec is not None)
-
-        return {n: t for n, t in held.items() if t.is_floating_point() and is_stacked(t)}
+        return {name: b for name, b in self.bank.named_buffers() if b.is_floating_point()}
 
     @property
     def terms(self) -> int:
@@ -89,20 +92,14 @@ def bank_under_test(
     *,
     hidden_size: int | None = None,
     num_experts: int | None = None,
-    dtype: torch.dtype = torch.float64,
+    float64: bool = True,
 ) -> BankUnderTest:
-    """A module is copied, cast to `dtype` and put into eval mode; a function must take `dtype`.
+    """A module is copied, cast to float64, unfrozen and put into eval mode; a plain function must
+    take float64 rows. float64=False: float32 instead, where the bank has no float64.
 
     Sizes are read from bank.spec, or from bank.hidden_size and bank.num_experts. Raises
-    RouterConfigError where they are neither there nor given, MoeDtypeError on another dtype than
-    float64 and float32.
+    RouterConfigError where they are neither there nor given.
     """
-    who = type(bank).__name__ if isinstance(bank, nn.Module) else getattr(bank, "__name__", "bank")
-    if dtype not in (torch.float64, torch.float32):
-        raise MoeDtypeError(
-            f"{who}: dtype={dtype}; sums are compared in torch.float64, or in torch.float32 where "
-            "the bank has no float64."
-        )
     spec = getattr(bank, "spec", None)
     spec = spec if isinstance(spec, BankSpec) else None
     hidden_size = hidden_size or getattr(spec or bank, "hidden_size", None)
@@ -110,16 +107,30 @@ def bank_under_test(
     for name, value in (("hidden_size", hidden_size), ("num_experts", num_experts)):
         if not isinstance(value, int) or value < 1:
             raise RouterConfigError(
-                f"{who}: {name}={value!r}; the bank has no whole number of that name. Give it: "
-                f"check_expert_bank(bank, {name}=...)."
+                f"{name_of(bank)}: {name}={value!r}; the bank has no whole number of that name. "
+                f"Give it: check_expert_bank(bank, {name}=...)."
             )
     assert hidden_size is not None and num_experts is not None
-    parameters: dict[str, Tensor] = {}
-    if isinstance(bank, nn.Module):
-        bank = copy.deepcopy(bank).to(dtype).eval()
-        parameters = {name: p for name, p in bank.named_parameters() if p.requires_grad}
     scale = spec.scale if spec else getattr(bank, "scale", "output")
-    return BankUnderTest(bank, hidden_size, num_experts, dtype, spec, scale, parameters)
+    dtype = torch.float64 if float64 else torch.float32
+    subject = BankUnderTest(bank, hidden_size, num_experts, dtype, spec, scale)
+    return in_dtype(subject, dtype)
+
+
+def in_dtype(subject: BankUnderTest, dtype: torch.dtype) -> BankUnderTest:
+    """The same bank for rows of `dtype`: a copy, cast, unfrozen and in eval mode."""
+    if not isinstance(subject.bank, nn.Module):
+        return replace(subject, dtype=dtype)
+    bank = copy.deepcopy(subject.bank).to(dtype).eval()
+    parameters = {
+        n: p.requires_grad_() for n, p in bank.named_parameters() if p.is_floating_point()
+    }
+    return replace(subject, bank=bank, dtype=dtype, parameters=parameters)
+
+
+def name_of(bank: object) -> str:
+    """The class of an object, the name of a function."""
+    return getattr(bank, "__qualname__", type(bank).__name__)
 
 
 def weight_names(subject: BankUnderTest) -> dict[str, str]:
@@ -143,19 +154,30 @@ def needs_output_scale(subject: BankUnderTest) -> str | None:
 
 
 def needs_parameters(subject: BankUnderTest) -> str | None:
-    return None if subject.parameters else "it has no trained parameters that the law could read"
+    return None if subject.parameters else "it has no parameters that the law could read"
 
 
 def needs_stacked(subject: BankUnderTest) -> str | None:
     if subject.per_expert:
         return None
-    return "no parameter has one row an expert, (E, ...) with E != H: whose gradient is whose?"
+    return "not every parameter has one row an expert, (E, ...): whose is whose is not known"
 
 
 def needs_spec(subject: BankUnderTest) -> str | None:
     if weight_names(subject):
         return None
     return "it has no spec (BankSpec) with weights() made of its own parameters to compare with"
+
+
+def first_reason(
+    *reasons: Callable[[BankUnderTest], str | None],
+) -> Callable[[BankUnderTest], str | None]:
+    """The first reason that a bank gives."""
+
+    def unless(subject: BankUnderTest) -> str | None:
+        return next((why for reason in reasons if (why := reason(subject))), None)
+
+    return unless
 
 
 # What is asked of a bank.
@@ -190,10 +212,12 @@ def run(
     routing: Routing,
     g_TH: Tensor,
     parameters: Tensors | None = None,
+    forward: Forward | None = None,
 ) -> Run:
-    """The output, and the gradients of <g, y>. parameters: in place of the bank's own."""
+    """The output, and the gradients of <g, y>. parameters: in place of the bank's own.
+    forward: (x_TH, routing, parameters) -> y_TH, in place of the bank."""
     x_TH = x_TH.detach().requires_grad_()
-    routed_by = {
+    routed_by: dict[str, Any] = {
         name: tensor.detach().clone().requires_grad_()
         for name, tensor in vars(routing).items()
         if isinstance(tensor, Tensor) and tensor.is_floating_point()
@@ -203,7 +227,7 @@ def run(
         for name, tensor in {**subject.parameters, **(parameters or {})}.items()
     }
     leaves = {"x_TH": x_TH, **routed_by, **held}
-    y_TH = subject(x_TH, replace(routing, **routed_by), held)
+    y_TH = (forward or subject)(x_TH, replace(routing, **routed_by), held)
     found: tuple[Tensor | None, ...] = (None,) * len(leaves)
     if y_TH.requires_grad:
         found = torch.autograd.grad(y_TH, list(leaves.values()), g_TH, allow_unused=True)
@@ -229,9 +253,10 @@ def results(
     routing: Routing,
     g_TH: Tensor,
     parameters: Tensors | None = None,
+    forward: Forward | None = None,
 ) -> dict[str, Tensor]:
     """y_TH and every gradient of `run`, by name."""
-    return run(subject, x_TH, routing, g_TH, parameters).results()
+    return run(subject, x_TH, routing, g_TH, parameters, forward).results()
 
 
 def rounding(subject: BankUnderTest, num_rows: int) -> float:

@@ -155,7 +155,7 @@ def soft_choice(
     source: torch.Generator,
     dtype: torch.dtype = torch.float64,
 ) -> SoftChoice:
-    """Softmax of normal logits: over the tokens of a sequence to dispatch, over slots to combine."""
+    """Softmax of normal logits: over a sequence's tokens to dispatch, over slots to combine."""
     shape = (batch, length, num_experts * slots)
     dispatch_BSP = normal(shape, source, torch.float64).softmax(1).to(dtype)
     combine_BSP = normal(shape, source, torch.float64).softmax(2).to(dtype)

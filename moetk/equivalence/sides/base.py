@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from moetk.context import RouterContext
 from moetk.equivalence.sides.counters import Forward, gained_by_counter
-from moetk.equivalence.sides.routed import Given, counts_of, forcing
+from moetk.equivalence.sides.routed import Given, check_given, counts_of, forcing
 from moetk.equivalence.trace import Scattered
 from moetk.errors import EquivalenceError
 from moetk.experts import ExpertBank
@@ -29,6 +30,7 @@ class ModuleSide:
         self.name = type(module).__name__
 
     def run(self, x_TH: Tensor, given: Given) -> Stages:
+        check_given(given, len(x_TH), self.facts.get("num_experts"), self.name)
         with forcing(given, self.name):
             stages = self._stages(x_TH, given)
             if "indices" in given and "indices" in stages:
@@ -46,6 +48,10 @@ class ModuleSide:
         side = self._of_copy()
         side.module.double()
         return side
+
+    @property
+    def facts(self) -> Mapping[str, Any]:
+        raise NotImplementedError
 
     def _stages(self, x_TH: Tensor, given: Given) -> Stages:
         raise NotImplementedError

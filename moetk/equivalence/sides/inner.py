@@ -181,9 +181,10 @@ def _scattered(
 def _weighs_after(output: Scattered, asked: Asked, combined_TH: Tensor) -> bool:
     """The outputs times their weights, and not the outputs alone, are what was combined."""
     output_TKH = output.place(output.values or output.pieces).detach().double()
-    combined = combined_TH.detach().reshape(len(output_TKH), -1).double()
-    if combined.shape[1] != output_TKH.shape[2]:
+    num_tokens, _, width = output_TKH.shape
+    if combined_TH.numel() != num_tokens * width:
         return True
+    combined = combined_TH.detach().double().reshape(num_tokens, width)
     weights_TK1 = asked.weights_TK.detach().double()[..., None]
     after = (output_TKH * weights_TK1).sum(1) - combined
     before = output_TKH.sum(1) - combined

@@ -71,6 +71,22 @@ def with_weights(routing: Routing, given: Given, who: str) -> Routing:
     return replace(routing, weights_TK=weights_TK)
 
 
+def check_given(given: Given, num_tokens: int, num_experts: int | None, who: str) -> None:
+    """Raise EquivalenceError for ids that are not (T, K) or that name no expert of this side; -1 =
+    an unused slot. num_experts None = not known."""
+    ids_TK = given.get("indices")
+    if ids_TK is None:
+        return
+    if ids_TK.ndim != 2 or len(ids_TK) != num_tokens:
+        raise EquivalenceError(
+            f"{who} cannot take indices {tuple(ids_TK.shape)}: it has T={num_tokens} tokens."
+        )
+    if num_experts is not None and ids_TK.numel() and int(ids_TK.max()) >= num_experts:
+        raise EquivalenceError(
+            f"{who} cannot take indices with id {int(ids_TK.max())}: it has {num_experts} experts."
+        )
+
+
 @contextmanager
 def forcing(given: Given, who: str) -> Iterator[None]:
     """moetk's own refusals of a given stage, as EquivalenceError."""

@@ -27,7 +27,7 @@ from moetk.equivalence.sides.choosing import Choosing
 from moetk.equivalence.sides.facts import bank_facts, router_facts
 from moetk.equivalence.sides.inner import Asked, inner_stages
 from moetk.equivalence.sides.products import Products
-from moetk.equivalence.sides.routed import Given
+from moetk.equivalence.sides.routed import Given, check_given
 from moetk.equivalence.sides.untouched import untouched
 from moetk.equivalence.trace import Leaf, Scattered
 from moetk.errors import EquivalenceError
@@ -77,6 +77,12 @@ class StockSide(BlockSide):
         ctx = self._context(x_TH, {})
         if "indices" not in given:
             return self._shown(self._call(x_TH, ctx, given), x_TH, ctx, None, given)
+        check_given(given, len(x_TH), self.facts.get("num_experts"), self.name)
+        if bool((given["indices"] < 0).any()):
+            raise EquivalenceError(
+                f"{self.name} cannot take indices with -1: its gate fills every slot. Replace it "
+                "by moetk, whose banks know unused slots."
+            )
         with torch.no_grad():
             free = self._call(x_TH.detach(), ctx, {})
         own_TK = _asked(free).ids_TK

@@ -31,10 +31,11 @@ def _rounded(dtype: torch.dtype) -> Cause:
 
 
 @cause(
-    "tokens in another order", *BY_TOKEN,
+    "tokens in another order",
+    *BY_TOKEN,
     fix="Each row is right, on another token: look at a view, transpose or sort of the tokens that "
     "is not undone.",
-)  # fmt: skip
+)
 def _token_order(e: Evidence) -> Iterator[Tensor]:
     moved = rearranged(e.wanted, e.found, 0)
     if moved is not None and len(moved) > 1:
@@ -42,38 +43,45 @@ def _token_order(e: Evidence) -> Iterator[Tensor]:
 
 
 @cause(
-    "negated", *BY_TOKEN, "losses",
+    "negated",
+    *BY_TOKEN,
+    "losses",
     fix="The sign is turned round.",
-)  # fmt: skip
+)
 def _negated(e: Evidence) -> Iterator[Tensor]:
     yield -e.wanted
 
 
 @cause(
-    "missing: all zero", *BY_TOKEN, "losses", "counts",
+    "missing: all zero",
+    *BY_TOKEN,
+    "losses",
+    "counts",
     fix="Nothing was written here: look for a buffer that was never filled, or a mask that is "
     "never true.",
-)  # fmt: skip
+)
 def _zero(e: Evidence) -> Iterator[Tensor]:
     yield torch.zeros_like(e.wanted)
 
 
 @cause(
-    "scaled by a constant", *BY_TOKEN,
+    "scaled by a constant",
+    *BY_TOKEN,
     fix="All values are off by one factor: look for a scale, a mean for a sum, or a factor that "
     "only one of the two applies.",
     general=True,
-)  # fmt: skip
+)
 def _scaled(e: Evidence) -> Iterator[Tensor]:
     if e.found.shape == e.wanted.shape and bool(e.wanted.isfinite().all()):
         yield nearest_multiple(e.found, e.wanted, tuple(range(e.wanted.ndim)))
 
 
 @cause(
-    "scaled by a factor for each token", *BY_TOKEN,
+    "scaled by a factor for each token",
+    *BY_TOKEN,
     fix="Within a token the proportions are right: look at how rows are normalised.",
     general=True,
-)  # fmt: skip
+)
 def _scaled_by_token(e: Evidence) -> Iterator[Tensor]:
     enough = e.wanted.ndim > 1 and e.wanted[0].numel() > 1 if len(e.wanted) else False
     if enough and e.found.shape == e.wanted.shape and bool(e.wanted.isfinite().all()):

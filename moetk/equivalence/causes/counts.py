@@ -19,19 +19,21 @@ def _count(ids_TK: Tensor, e: Evidence, share_TK: Tensor | None = None) -> Tenso
 
 
 @cause(
-    "counted twice", "counts",
+    "counted twice",
+    "counts",
     fix="Activation checkpointing runs the forward again: count in backward, or outside what is "
     "run twice.",
-)  # fmt: skip
+)
 def _twice(e: Evidence) -> Iterator[Tensor]:
     yield 2 * e.wanted
 
 
 @cause(
-    "counted several times", "counts",
+    "counted several times",
+    "counts",
     fix="Every count is multiplied by the same whole number: replicas of the same tokens were "
     "summed over ranks, or counters were not reset.",
-)  # fmt: skip
+)
 def _several(e: Evidence) -> Iterator[Tensor]:
     if e.found.shape == e.wanted.shape and int(e.wanted.sum()):
         times = round(float(e.found.double().sum() / e.wanted.double().sum()))
@@ -40,9 +42,10 @@ def _several(e: Evidence) -> Iterator[Tensor]:
 
 
 @cause(
-    "dropped choices counted", "counts",
+    "dropped choices counted",
+    "counts",
     fix="Only choices that found a place are counted here.",
-)  # fmt: skip
+)
 def _dropped_counted(e: Evidence) -> Iterator[Tensor]:
     ids_TK = value(e, "indices")
     if ids_TK is not None:
@@ -50,9 +53,10 @@ def _dropped_counted(e: Evidence) -> Iterator[Tensor]:
 
 
 @cause(
-    "dropped choices not counted", "counts",
+    "dropped choices not counted",
+    "counts",
     fix="What was wanted is counted here, before capacity drops any of it.",
-)  # fmt: skip
+)
 def _dropped_not_counted(e: Evidence) -> Iterator[Tensor]:
     ids_TK, used_TK = value(e, "indices"), used(e)
     if ids_TK is not None and used_TK is not None:
@@ -60,9 +64,10 @@ def _dropped_not_counted(e: Evidence) -> Iterator[Tensor]:
 
 
 @cause(
-    "duplicate ids counted once", "counts",
+    "duplicate ids counted once",
+    "counts",
     fix="A token that names one expert twice counts twice: count choices, not a (T, E) mask.",
-)  # fmt: skip
+)
 def _duplicates_once(e: Evidence) -> Iterator[Tensor]:
     ids_TK = value(e, "indices")
     if ids_TK is not None:
@@ -76,9 +81,10 @@ def repeats(ids_TK: Tensor) -> Tensor:
 
 
 @cause(
-    "padding counted", "counts",
+    "padding counted",
+    "counts",
     fix="Count the tokens of ctx.token_mask only.",
-)  # fmt: skip
+)
 def _padding(e: Evidence) -> Iterator[Tensor]:
     ids_TK = value(e, "indices")
     if ids_TK is not None and e.ctx.token_mask is not None:
@@ -86,9 +92,10 @@ def _padding(e: Evidence) -> Iterator[Tensor]:
 
 
 @cause(
-    "padding not counted", "counts",
+    "padding not counted",
+    "counts",
     fix="All tokens are counted here, padding too.",
-)  # fmt: skip
+)
 def _no_padding(e: Evidence) -> Iterator[Tensor]:
     ids_TK = value(e, "indices")
     if ids_TK is not None and e.ctx.token_mask is not None:
@@ -97,9 +104,10 @@ def _no_padding(e: Evidence) -> Iterator[Tensor]:
 
 
 @cause(
-    "counts normalised", "counts",
+    "counts normalised",
+    "counts",
     fix="One of the two gives shares or means in place of counts.",
-)  # fmt: skip
+)
 def _normalised(e: Evidence) -> Iterator[Tensor]:
     counts_E, ids_TK = e.wanted.to(e.found.dtype), value(e, "indices")
     if not counts_E.is_floating_point():
@@ -111,9 +119,10 @@ def _normalised(e: Evidence) -> Iterator[Tensor]:
 
 
 @cause(
-    "weights summed instead of choices counted", "counts",
+    "weights summed instead of choices counted",
+    "counts",
     fix="This is the experts' importance, the sum of their weights, not their load.",
-)  # fmt: skip
+)
 def _importance(e: Evidence) -> Iterator[Tensor]:
     ids_TK, weights_TK = value(e, "indices"), value(e, "weights")
     if ids_TK is not None and weights_TK is not None:
@@ -121,9 +130,10 @@ def _importance(e: Evidence) -> Iterator[Tensor]:
 
 
 @cause(
-    "first choices counted alone", "counts",
+    "first choices counted alone",
+    "counts",
     fix="All K columns are counted, not the first one.",
-)  # fmt: skip
+)
 def _first_alone(e: Evidence) -> Iterator[Tensor]:
     ids_TK = value(e, "indices")
     if ids_TK is not None:
@@ -131,10 +141,11 @@ def _first_alone(e: Evidence) -> Iterator[Tensor]:
 
 
 @cause(
-    "unused slots counted", "counts",
+    "unused slots counted",
+    "counts",
     fix="A slot of -1 is no choice: leave it out before counting, where it would become the first "
     "expert or, counted from behind, the last.",
-)  # fmt: skip
+)
 def _unused(e: Evidence) -> Iterator[Tensor]:
     ids_TK = value(e, "indices")
     if ids_TK is not None:

@@ -68,29 +68,32 @@ def _in_order(e: Evidence, ids_TK: Tensor, arrival_N: Tensor, places: int) -> Te
 
 
 @cause(
-    "capacity one too few", "dispatched",
+    "capacity one too few",
+    "dispatched",
     fix="An expert has ceil(factor S K / E) places; here one less: look for < where <= belongs, "
     "or a rank counted from 1.",
-)  # fmt: skip
+)
 def _one_less(e: Evidence) -> Iterator[Tensor]:
     if parts := _places(e):
         yield _kept(e, parts[2] - 1)
 
 
 @cause(
-    "capacity one too many", "dispatched",
+    "capacity one too many",
+    "dispatched",
     fix="An expert has ceil(factor S K / E) places; here one more: look for <= where < belongs, "
     "or floor(...) + 1.",
-)  # fmt: skip
+)
 def _one_more(e: Evidence) -> Iterator[Tensor]:
     if parts := _places(e):
         yield _kept(e, parts[2] + 1)
 
 
 @cause(
-    "capacity rounded down", "dispatched",
+    "capacity rounded down",
+    "dispatched",
     fix="factor S K / E is rounded up to whole places, not down.",
-)  # fmt: skip
+)
 def _floor(e: Evidence) -> Iterator[Tensor]:
     if parts := _places(e):
         ids_TK, capacity, places = parts
@@ -101,9 +104,10 @@ def _floor(e: Evidence) -> Iterator[Tensor]:
 
 
 @cause(
-    "capacity rounded up to a multiple", "dispatched",
+    "capacity rounded up to a multiple",
+    "dispatched",
     fix="One of the two rounds the number of places up to a multiple of 4 or 8.",
-)  # fmt: skip
+)
 def _multiple(e: Evidence) -> Iterator[Tensor]:
     if parts := _places(e):
         for unit in (MULTIPLE, 2 * MULTIPLE):
@@ -111,9 +115,10 @@ def _multiple(e: Evidence) -> Iterator[Tensor]:
 
 
 @cause(
-    "capacity forgets the number of choices", "dispatched",
+    "capacity forgets the number of choices",
+    "dispatched",
     fix="K choices of S tokens want places: ceil(factor S K / E), not ceil(factor S / E).",
-)  # fmt: skip
+)
 def _without_k(e: Evidence) -> Iterator[Tensor]:
     if parts := _places(e):
         ids_TK, capacity, _ = parts
@@ -122,22 +127,22 @@ def _without_k(e: Evidence) -> Iterator[Tensor]:
 
 
 @cause(
-    "capacity over the whole batch", "dispatched",
+    "capacity over the whole batch",
+    "dispatched",
     fix="Places are counted in each sequence, S tokens each, so that sequences do not compete.",
-)  # fmt: skip
+)
 def _whole_batch(e: Evidence) -> Iterator[Tensor]:
     if parts := _places(e):
         ids_TK, capacity, _ = parts
-        places = expert_capacity(
-            len(ids_TK), ids_TK.shape[1], _num_experts(e), capacity.factor
-        )  # fmt: skip
+        places = expert_capacity(len(ids_TK), ids_TK.shape[1], _num_experts(e), capacity.factor)
         yield _kept(e, places, whole_batch=True)
 
 
 @cause(
-    "all choices of a token served before the next token", "dispatched",
+    "all choices of a token served before the next token",
+    "dispatched",
     fix="All first choices come before any second choice.",
-)  # fmt: skip
+)
 def _token_major(e: Evidence) -> Iterator[Tensor]:
     if parts := _places(e):
         ids_TK, _, places = parts
@@ -145,10 +150,11 @@ def _token_major(e: Evidence) -> Iterator[Tensor]:
 
 
 @cause(
-    "the last come are served first", "dispatched",
+    "the last come are served first",
+    "dispatched",
     fix="Within a column the earlier token is served first: look for a reversed or unstable sort, "
     "or a topk over a 0/1 mask.",
-)  # fmt: skip
+)
 def _last_first(e: Evidence) -> Iterator[Tensor]:
     if parts := _places(e):
         ids_TK, _, places = parts
@@ -158,9 +164,10 @@ def _last_first(e: Evidence) -> Iterator[Tensor]:
 
 
 @cause(
-    "served by weight", "dispatched",
+    "served by weight",
+    "dispatched",
     fix="Who comes first is served first here, not who weighs most (by_weight).",
-)  # fmt: skip
+)
 def _by_weight(e: Evidence) -> Iterator[Tensor]:
     parts, weights_TK = _places(e), value(e, "weights")
     if parts is not None and weights_TK is not None:
@@ -174,9 +181,10 @@ def _by_weight(e: Evidence) -> Iterator[Tensor]:
 
 
 @cause(
-    "padding takes places", "dispatched",
+    "padding takes places",
+    "dispatched",
     fix="Padding (ctx.token_mask) takes no place from real tokens.",
-)  # fmt: skip
+)
 def _padding(e: Evidence) -> Iterator[Tensor]:
     parts = _places(e)
     if parts is not None and e.ctx.token_mask is not None:
@@ -185,9 +193,10 @@ def _padding(e: Evidence) -> Iterator[Tensor]:
 
 
 @cause(
-    "capacity missing: nothing is dropped", "dispatched",
+    "capacity missing: nothing is dropped",
+    "dispatched",
     fix="Only one of the two limits what an expert takes.",
-)  # fmt: skip
+)
 def _no_capacity(e: Evidence) -> Iterator[Tensor]:
     ids_TK = value(e, "indices")
     if ids_TK is not None:
@@ -195,9 +204,10 @@ def _no_capacity(e: Evidence) -> Iterator[Tensor]:
 
 
 @cause(
-    "one of two equal ids dropped", "dispatched",
+    "one of two equal ids dropped",
+    "dispatched",
     fix="A token that names one expert twice is served twice.",
-)  # fmt: skip
+)
 def _duplicate(e: Evidence) -> Iterator[Tensor]:
     ids_TK = value(e, "indices")
     if ids_TK is not None:
@@ -206,10 +216,11 @@ def _duplicate(e: Evidence) -> Iterator[Tensor]:
 
 
 @cause(
-    "drops with another number of places", "dispatched",
+    "drops with another number of places",
+    "dispatched",
     fix="First comers are served, under another capacity: compare the factors of the two.",
     general=True,
-)  # fmt: skip
+)
 def _another_capacity(e: Evidence) -> Iterator[Tensor]:
     ids_TK = value(e, "indices")
     if ids_TK is None or e.found.shape != ids_TK.shape:

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from moetk.equivalence.cause import Cause, Evidence, cause, deviation
+from moetk.equivalence.causes.chain import hidden
 from moetk.equivalence.causes.counts import repeats
-from moetk.equivalence.causes.experts import hidden
 from moetk.equivalence.causes.values import (
     at_chosen,
     nearest_multiple,
@@ -25,19 +25,33 @@ from moetk.experts import ClampedGated, GptOssGated
 ANY = tuple(
     f"grad {name}"
     for name in (
-        "losses", "combined", "expert_output", "down_bias", "down_weight", "activation", "up",
-        "up_bias", "up_weight", "weights", "choice", "scores", "logits", "router.bias",
-        "router.weight", "x",
+        "losses",
+        "combined",
+        "expert_output",
+        "down_bias",
+        "down_weight",
+        "activation",
+        "up",
+        "up_bias",
+        "up_weight",
+        "weights",
+        "choice",
+        "scores",
+        "logits",
+        "router.bias",
+        "router.weight",
+        "x",
     )
-)  # fmt: skip
+)
 ROUTER = ("grad choice", "grad scores", "grad logits")
 
 
 @cause(
-    "gradient clipped at the clamp bound", "grad up",
+    "gradient clipped at the clamp bound",
+    "grad up",
     fix="At the bound itself torch.clamp passes the gradient whole; a mask with < passes none, "
     "and a clip that splits ties half.",
-)  # fmt: skip
+)
 def _clamped(e: Evidence) -> Iterator[Tensor]:
     own, hidden_TKJ = e.facts.get("activation"), hidden(e)
     if not isinstance(own, ClampedGated | GptOssGated) or hidden_TKJ is None:
@@ -49,9 +63,10 @@ def _clamped(e: Evidence) -> Iterator[Tensor]:
 
 
 @cause(
-    "gradient passed through the clamp", "grad up",
+    "gradient passed through the clamp",
+    "grad up",
     fix="Beyond the bound a clamp has no gradient: do not replace it by an identity.",
-)  # fmt: skip
+)
 def _unclamped(e: Evidence) -> Iterator[Tensor]:
     own, hidden_TKJ = e.facts.get("activation"), hidden(e)
     arriving, inner = e.a.grads.get("activation"), value(e, "activation")
@@ -76,10 +91,11 @@ def _bounds(
 
 
 @cause(
-    "gradient of one slot missing", "grad weights",
+    "gradient of one slot missing",
+    "grad weights",
     fix="Every choice's weight has a gradient, the dot product of its expert's output with the "
     "arriving one.",
-)  # fmt: skip
+)
 def _slot_missing(e: Evidence) -> Iterator[Tensor]:
     for slot in range(e.wanted.shape[-1] if e.wanted.ndim == 2 else 0):
         without = e.wanted.clone()
@@ -88,9 +104,11 @@ def _slot_missing(e: Evidence) -> Iterator[Tensor]:
 
 
 @cause(
-    "gradient of one of two equal ids missing", "grad weights", "grad expert_output",
+    "gradient of one of two equal ids missing",
+    "grad weights",
+    "grad expert_output",
     fix="A token that names one expert twice has a gradient for both.",
-)  # fmt: skip
+)
 def _duplicate(e: Evidence) -> Iterator[Tensor]:
     ids_TK = value(e, "indices")
     if ids_TK is None or e.wanted.shape[:2] != ids_TK.shape:
@@ -128,9 +146,10 @@ def _to_logits(e: Evidence, gradient_TE: Tensor) -> Iterator[Tensor]:
 
 
 @cause(
-    "sum of the renormalisation detached", *ROUTER,
+    "sum of the renormalisation detached",
+    *ROUTER,
     fix="The sum that divides the chosen scores has a gradient too.",
-)  # fmt: skip
+)
 def _sum_detached(e: Evidence) -> Iterator[Tensor]:
     arriving_TK, chosen_TK = _to_weights(e), at_chosen(e, scores_of(e))
     weights_TK = value(e, "weights")
@@ -144,10 +163,11 @@ def _sum_detached(e: Evidence) -> Iterator[Tensor]:
 
 
 @cause(
-    "renormalisation skipped in backward", *ROUTER,
+    "renormalisation skipped in backward",
+    *ROUTER,
     fix="Backward goes straight from the weights to the chosen scores; the division has a "
     "gradient.",
-)  # fmt: skip
+)
 def _no_division(e: Evidence) -> Iterator[Tensor]:
     arriving_TK = _to_weights(e)
     if arriving_TK is not None and scores_of(e) is not None and "indices" in e.a.values:
@@ -155,20 +175,22 @@ def _no_division(e: Evidence) -> Iterator[Tensor]:
 
 
 @cause(
-    "score function skipped in backward", "grad logits",
+    "score function skipped in backward",
+    "grad logits",
     fix="The gradient of the scores is handed to the logits as it is (straight through): multiply "
     "by the derivative of the score function.",
-)  # fmt: skip
+)
 def _straight_through(e: Evidence) -> Iterator[Tensor]:
     if "scores" in e.a.grads:
         yield e.a.grads["scores"]
 
 
 @cause(
-    "no gradient: detached", *ANY,
+    "no gradient: detached",
+    *ANY,
     fix="Nothing arrives here: look for detach, no_grad, .data, .item() or an op without a "
     "backward on the way.",
-)  # fmt: skip
+)
 def _detached(e: Evidence) -> Iterator[Tensor]:
     yield torch.zeros_like(e.wanted)
 
@@ -179,29 +201,32 @@ def _flows(e: Evidence) -> bool:
 
 
 @cause(
-    "gradient negated", *ANY,
+    "gradient negated",
+    *ANY,
     fix="The sign is turned round.",
-)  # fmt: skip
+)
 def _negated(e: Evidence) -> Iterator[Tensor]:
     yield -e.wanted
 
 
 @cause(
-    "gradient scaled by a constant", *ANY,
+    "gradient scaled by a constant",
+    *ANY,
     fix="Look for a factor of the world size, of T or K, or a mean for a sum.",
     general=True,
-)  # fmt: skip
+)
 def _scaled(e: Evidence) -> Iterator[Tensor]:
     if e.found.shape == e.wanted.shape and e.wanted.numel() > 1:
         yield nearest_multiple(e.found, e.wanted, tuple(range(e.wanted.ndim)))
 
 
 @cause(
-    "gradient scaled by a factor for each row", *ANY,
+    "gradient scaled by a factor for each row",
+    *ANY,
     fix="Each expert's or token's gradient has the right direction and another length: look for "
     "a division by its number of tokens.",
     general=True,
-)  # fmt: skip
+)
 def _scaled_rows(e: Evidence) -> Iterator[Tensor]:
     if e.found.shape == e.wanted.shape and e.wanted.ndim > 1 and e.wanted[:1].numel() > 1:
         yield nearest_multiple(e.found, e.wanted, tuple(range(1, e.wanted.ndim)))

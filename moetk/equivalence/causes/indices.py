@@ -19,9 +19,10 @@ def _choice(e: Evidence) -> Tensor | None:
 
 
 @cause(
-    "the smallest are chosen", "indices",
+    "the smallest are chosen",
+    "indices",
     fix="The selection is sorted the wrong way round: take the largest.",
-)  # fmt: skip
+)
 def _smallest(e: Evidence) -> Iterator[Tensor]:
     choice_TE = _choice(e)
     if choice_TE is not None:
@@ -31,9 +32,10 @@ def _smallest(e: Evidence) -> Iterator[Tensor]:
 
 
 @cause(
-    "another number of choices", "indices",
+    "another number of choices",
+    "indices",
     fix="The two choose different numbers of experts a token: compare top_k.",
-)  # fmt: skip
+)
 def _another_k(e: Evidence) -> Iterator[Tensor]:
     choice_TE, ids_TK = _choice(e), e.found
     if choice_TE is None or ids_TK.ndim != 2 or ids_TK.shape[1] > choice_TE.shape[1]:
@@ -43,9 +45,10 @@ def _another_k(e: Evidence) -> Iterator[Tensor]:
 
 
 @cause(
-    "the best is left out", "indices",
+    "the best is left out",
+    "indices",
     fix="Ranks 2 to K + 1 are chosen: look for a slice that begins at 1.",
-)  # fmt: skip
+)
 def _without_best(e: Evidence) -> Iterator[Tensor]:
     choice_TE, top_k = _choice(e), e.wanted.shape[1]
     if choice_TE is not None and top_k < choice_TE.shape[1]:
@@ -53,10 +56,11 @@ def _without_best(e: Evidence) -> Iterator[Tensor]:
 
 
 @cause(
-    "ids shifted by one", "indices",
+    "ids shifted by one",
+    "indices",
     fix="Ids run from 0 to E - 1; here they are one off (counted from 1, or a dummy expert before "
     "or behind).",
-)  # fmt: skip
+)
 def _shifted(e: Evidence) -> Iterator[Tensor]:
     scores_TE = scores_of(e)
     for step in (1, -1):
@@ -66,9 +70,10 @@ def _shifted(e: Evidence) -> Iterator[Tensor]:
 
 
 @cause(
-    "last choice repeats the first", "indices",
+    "last choice repeats the first",
+    "indices",
     fix="One id fills two slots of a token: the ids of the columns are not distinct.",
-)  # fmt: skip
+)
 def _repeated(e: Evidence) -> Iterator[Tensor]:
     yield torch.cat([e.wanted[:, :-1], e.wanted[:, :1]], -1)
 

@@ -48,9 +48,10 @@ def _gemm_in(dtype: torch.dtype) -> Cause:
 
 
 @cause(
-    "router bias missing", "logits",
+    "router bias missing",
+    "logits",
     fix="Add the router's bias to the logits.",
-)  # fmt: skip
+)
 def _bias_missing(e: Evidence) -> Iterator[Tensor]:
     bias_E = _bias(e)
     if bias_E is not None:
@@ -58,9 +59,10 @@ def _bias_missing(e: Evidence) -> Iterator[Tensor]:
 
 
 @cause(
-    "router bias added twice", "logits",
+    "router bias added twice",
+    "logits",
     fix="The bias is in the product already (F.linear with a bias): add it once.",
-)  # fmt: skip
+)
 def _bias_twice(e: Evidence) -> Iterator[Tensor]:
     bias_E = _bias(e)
     if bias_E is not None:
@@ -68,10 +70,11 @@ def _bias_twice(e: Evidence) -> Iterator[Tensor]:
 
 
 @cause(
-    "choice bias in the logits", "logits",
+    "choice bias in the logits",
+    "logits",
     fix="The bias that steers the choice is added to the scores, and only where experts are "
     "chosen.",
-)  # fmt: skip
+)
 def _choice_bias_in_logits(e: Evidence) -> Iterator[Tensor]:
     bias_E = e.facts.get("choice_bias")
     if bias_E is not None:
@@ -79,10 +82,11 @@ def _choice_bias_in_logits(e: Evidence) -> Iterator[Tensor]:
 
 
 @cause(
-    "experts in another order", "logits",
+    "experts in another order",
+    "logits",
     fix="The columns are right, under other ids: look at how the rows of the router's weight were "
     "permuted (expert placement, a merged checkpoint).",
-)  # fmt: skip
+)
 def _expert_order(e: Evidence) -> Iterator[Tensor]:
     moved_TE = rearranged(e.wanted, e.found, 1)
     if moved_TE is not None:
@@ -90,9 +94,10 @@ def _expert_order(e: Evidence) -> Iterator[Tensor]:
 
 
 @cause(
-    "router weight transposed", "logits",
+    "router weight transposed",
+    "logits",
     fix="A Linear's weight is (E, H) and multiplies as x W'; with E = H both ways fit.",
-)  # fmt: skip
+)
 def _transposed(e: Evidence) -> Iterator[Tensor]:
     weight_EH, bias_E = _weight(e), _bias(e)
     if weight_EH is not None and weight_EH.shape[0] == weight_EH.shape[1]:
@@ -100,9 +105,10 @@ def _transposed(e: Evidence) -> Iterator[Tensor]:
 
 
 @cause(
-    "router input normalised", "logits",
+    "router input normalised",
+    "logits",
     fix="Only one of the two normalises x before the router's product (a unit or RMS norm).",
-)  # fmt: skip
+)
 def _input_normalised(e: Evidence) -> Iterator[Tensor]:
     weight_EH, bias_E = _weight(e), _bias(e)
     if weight_EH is None:
@@ -119,9 +125,10 @@ def _norms(x_TH: Tensor) -> Iterator[Tensor]:
 
 
 @cause(
-    "cosine similarity instead of a product", "logits",
+    "cosine similarity instead of a product",
+    "logits",
     fix="Only one of the two divides by the lengths of x and of the router's rows.",
-)  # fmt: skip
+)
 def _cosine(e: Evidence) -> Iterator[Tensor]:
     weight_EH = _weight(e)
     if weight_EH is not None:
@@ -129,19 +136,21 @@ def _cosine(e: Evidence) -> Iterator[Tensor]:
 
 
 @cause(
-    "logits scaled with the width", "logits",
+    "logits scaled with the width",
+    "logits",
     fix="Only one of the two divides by the square root of the hidden size.",
-)  # fmt: skip
+)
 def _width_scale(e: Evidence) -> Iterator[Tensor]:
     root = e.x_TH.shape[-1] ** 0.5
     yield from (e.wanted / root, e.wanted * root)
 
 
 @cause(
-    "scores in place of logits", "logits",
+    "scores in place of logits",
+    "logits",
     fix="What is called logits has been through the score function already; losses and a second "
     "score function then read the wrong thing.",
-)  # fmt: skip
+)
 def _scores_for_logits(e: Evidence) -> Iterator[Tensor]:
     for name, function in SCORE_FUNCTIONS.items():
         if name != "no function":

@@ -66,7 +66,7 @@ def _routing(e: Evidence) -> TokenChoice | None:
     kept_TK = value(e, "dispatched")
     return TokenChoice(
         ids_TK, weights_TK, e.facts["num_experts"], logits_TE, scores_TE, choice_TE, kept_TK
-    )  # fmt: skip
+    )
 
 
 def _values(e: Evidence, routing: TokenChoice, **told: Any) -> Tensor | None:
@@ -96,9 +96,10 @@ def _recomputed(e: Evidence, routing: TokenChoice, **told: Any) -> Iterator[Tens
 
 
 @cause(
-    "padding counted in a loss", "losses",
+    "padding counted in a loss",
+    "losses",
     fix="Average over the tokens that carry a label, or at least over those that are no padding.",
-)  # fmt: skip
+)
 def _padding(e: Evidence) -> Iterator[Tensor]:
     routing = _again(e)
     if routing is not None:
@@ -106,10 +107,11 @@ def _padding(e: Evidence) -> Iterator[Tensor]:
 
 
 @cause(
-    "unlabelled tokens counted in a loss", "losses",
+    "unlabelled tokens counted in a loss",
+    "losses",
     fix="Average over ctx.label_mask where there is one; a token that is no padding may still "
     "carry no label.",
-)  # fmt: skip
+)
 def _unlabelled(e: Evidence) -> Iterator[Tensor]:
     routing = _again(e)
     if routing is not None and e.ctx.label_mask is not None and e.ctx.token_mask is not None:
@@ -117,9 +119,10 @@ def _unlabelled(e: Evidence) -> Iterator[Tensor]:
 
 
 @cause(
-    "dropped choices left out of a loss", "losses",
+    "dropped choices left out of a loss",
+    "losses",
     fix="Balance what tokens wanted: count choices before capacity drops any.",
-)  # fmt: skip
+)
 def _dropped(e: Evidence) -> Iterator[Tensor]:
     routing, used_TK = _again(e), used(e)
     if routing is not None and used_TK is not None:
@@ -128,9 +131,10 @@ def _dropped(e: Evidence) -> Iterator[Tensor]:
 
 
 @cause(
-    "loss reads the logits as scores", "losses",
+    "loss reads the logits as scores",
+    "losses",
     fix="The balance loss averages probabilities, not logits.",
-)  # fmt: skip
+)
 def _logits(e: Evidence) -> Iterator[Tensor]:
     routing = _again(e)
     if routing is not None and routing.logits_TE is not None:
@@ -138,9 +142,10 @@ def _logits(e: Evidence) -> Iterator[Tensor]:
 
 
 @cause(
-    "loss reads the scores of the chosen alone", "losses",
+    "loss reads the scores of the chosen alone",
+    "losses",
     fix="The mean score of an expert is over all tokens, those that did not choose it too.",
-)  # fmt: skip
+)
 def _chosen(e: Evidence) -> Iterator[Tensor]:
     routing = _again(e)
     if routing is not None and routing.scores_TE is not None:
@@ -152,9 +157,10 @@ def _chosen(e: Evidence) -> Iterator[Tensor]:
 
 
 @cause(
-    "loss counts first choices alone", "losses",
+    "loss counts first choices alone",
+    "losses",
     fix="All K choices of a token are load.",
-)  # fmt: skip
+)
 def _first(e: Evidence) -> Iterator[Tensor]:
     routing = _again(e)
     if routing is not None and routing.experts_TK.shape[1] > 1:
@@ -164,10 +170,11 @@ def _first(e: Evidence) -> Iterator[Tensor]:
 
 
 @cause(
-    "loss counted over another scope", "losses",
+    "loss counted over another scope",
+    "losses",
     fix="Choices are counted within each sequence, or over the whole micro-batch: compare the "
     "scopes.",
-)  # fmt: skip
+)
 def _scope(e: Evidence) -> Iterator[Tensor]:
     routing = _again(e)
     if routing is None:
@@ -190,18 +197,20 @@ def _has_scope(loss: Any) -> bool:
 
 
 @cause(
-    "a loss is missing: zero", "losses",
+    "a loss is missing: zero",
+    "losses",
     fix="A loss of the reference is not computed: it was not attached, or its coefficient is 0.",
-)  # fmt: skip
+)
 def _missing(e: Evidence) -> Iterator[Tensor]:
     yield _where_wrong(e, torch.zeros_like(e.wanted))
 
 
 @cause(
-    "a loss is scaled by a constant", "losses",
+    "a loss is scaled by a constant",
+    "losses",
     fix="Compare coefficients, means and sums.",
     general=True,
-)  # fmt: skip
+)
 def _scaled(e: Evidence) -> Iterator[Tensor]:
     if len(e.wanted) > 1 and e.found.shape == e.wanted.shape:
         ratios = e.found / e.wanted

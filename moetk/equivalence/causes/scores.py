@@ -23,9 +23,10 @@ SOFTCAPS = (5.0, 10.0, 15.0, 20.0, 30.0, 50.0)
 
 def _instead(name: str, function: Scores) -> Cause:
     @cause(
-        f"score function is {name}", "scores",
+        f"score function is {name}",
+        "scores",
         fix="The two use different score functions: look at the model's scoring_func.",
-    )  # fmt: skip
+    )
     def predict(e: Evidence) -> Iterator[Tensor]:
         logits_TE = value(e, "logits")
         if logits_TE is not None:
@@ -53,9 +54,10 @@ def _in(dtype: torch.dtype) -> Cause:
 
 
 @cause(
-    "softmax over tokens", "scores",
+    "softmax over tokens",
+    "scores",
     fix="The softmax runs along the tokens; it belongs along the experts (dim=-1).",
-)  # fmt: skip
+)
 def _over_tokens(e: Evidence) -> Iterator[Tensor]:
     logits_TE = value(e, "logits")
     if logits_TE is not None:
@@ -63,9 +65,10 @@ def _over_tokens(e: Evidence) -> Iterator[Tensor]:
 
 
 @cause(
-    "logits capped before the score function", "scores",
+    "logits capped before the score function",
+    "scores",
     fix="Only one of the two caps the logits, c tanh(logits / c).",
-)  # fmt: skip
+)
 def _softcap(e: Evidence) -> Iterator[Tensor]:
     logits_TE, function = value(e, "logits"), score_function(e)
     if logits_TE is not None and function is not None:
@@ -74,9 +77,10 @@ def _softcap(e: Evidence) -> Iterator[Tensor]:
 
 
 @cause(
-    "temperature in the softmax", "scores",
+    "temperature in the softmax",
+    "scores",
     fix="Only one of the two multiplies the logits by a constant before the softmax.",
-)  # fmt: skip
+)
 def _temperature(e: Evidence) -> Iterator[Tensor]:
     logits_TE = value(e, "logits")
     if logits_TE is None or e.found.shape != logits_TE.shape or not bool((e.found > 0).all()):
@@ -87,9 +91,10 @@ def _temperature(e: Evidence) -> Iterator[Tensor]:
 
 
 @cause(
-    "choice bias in the scores", "scores",
+    "choice bias in the scores",
+    "scores",
     fix="The bias that steers the choice is kept out of the scores, which weigh and enter losses.",
-)  # fmt: skip
+)
 def _bias_in_scores(e: Evidence) -> Iterator[Tensor]:
     bias_E, logits_TE, function = e.facts.get("choice_bias"), value(e, "logits"), score_function(e)
     if bias_E is None:
@@ -100,9 +105,10 @@ def _bias_in_scores(e: Evidence) -> Iterator[Tensor]:
 
 
 @cause(
-    "scores of the chosen alone", "scores",
+    "scores of the chosen alone",
+    "scores",
     fix="The softmax sees only the chosen experts, the others are 0: losses need it over all.",
-)  # fmt: skip
+)
 def _chosen_alone(e: Evidence) -> Iterator[Tensor]:
     ids_TK, logits_TE = value(e, "indices"), value(e, "logits")
     if ids_TK is None or logits_TE is None or not bool((ids_TK >= 0).all()):
@@ -113,9 +119,10 @@ def _chosen_alone(e: Evidence) -> Iterator[Tensor]:
 
 
 @cause(
-    "scores normalised over the experts", "scores",
+    "scores normalised over the experts",
+    "scores",
     fix="Only one of the two divides each token's scores by their sum over all experts.",
-)  # fmt: skip
+)
 def _normalised(e: Evidence) -> Iterator[Tensor]:
     yield normalised(e.wanted)
 

@@ -28,9 +28,10 @@ def _either(e: Evidence, weights_TK: Tensor) -> Iterator[Tensor]:
 
 
 @cause(
-    "renormalisation missing", "weights",
+    "renormalisation missing",
+    "weights",
     fix="Divide each token's chosen scores by their sum (norm_topk_prob).",
-)  # fmt: skip
+)
 def _not_renormalised(e: Evidence) -> Iterator[Tensor]:
     chosen_TK = at_chosen(e, scores_of(e))
     if chosen_TK is not None:
@@ -38,18 +39,20 @@ def _not_renormalised(e: Evidence) -> Iterator[Tensor]:
 
 
 @cause(
-    "renormalised where it should not be", "weights",
+    "renormalised where it should not be",
+    "weights",
     fix="The chosen scores are weights as they are (norm_topk_prob=False).",
-)  # fmt: skip
+)
 def _renormalised(e: Evidence) -> Iterator[Tensor]:
     yield _scale(e) * normalised(e.wanted)
 
 
 @cause(
-    "choice bias in the weights", "weights",
+    "choice bias in the weights",
+    "weights",
     fix="The bias enters the choice only: gather the weights from the scores, not from the choice "
     "scores.",
-)  # fmt: skip
+)
 def _bias(e: Evidence) -> Iterator[Tensor]:
     scores_TE, bias_E = scores_of(e), choice_bias(e)
     if scores_TE is not None and bias_E is not None:
@@ -59,9 +62,10 @@ def _bias(e: Evidence) -> Iterator[Tensor]:
 
 
 @cause(
-    "softmax after top-k", "weights",
+    "softmax after top-k",
+    "weights",
     fix="The softmax runs over the chosen alone; it belongs before the choice, over all experts.",
-)  # fmt: skip
+)
 def _softmax_after(e: Evidence) -> Iterator[Tensor]:
     for stage in ("logits", "scores", "choice"):
         chosen_TK = at_chosen(e, value(e, stage))
@@ -70,19 +74,21 @@ def _softmax_after(e: Evidence) -> Iterator[Tensor]:
 
 
 @cause(
-    "softmax of the weights once more", "weights",
+    "softmax of the weights once more",
+    "weights",
     fix="The weights are right and then go through another softmax: remove it.",
-)  # fmt: skip
+)
 def _softmax_again(e: Evidence) -> Iterator[Tensor]:
     yield e.wanted.softmax(-1)
     yield _scale(e) * (e.wanted / _scale(e)).softmax(-1)
 
 
 @cause(
-    "softmax before top-k", "weights",
+    "softmax before top-k",
+    "weights",
     fix="The softmax belongs over the chosen logits alone, so that each token's weights sum to "
     "one.",
-)  # fmt: skip
+)
 def _softmax_before(e: Evidence) -> Iterator[Tensor]:
     chosen_TK, all_TE = at_chosen(e, value(e, "logits")), value(e, "logits")
     if chosen_TK is None or all_TE is None:
@@ -96,35 +102,39 @@ def _softmax_before(e: Evidence) -> Iterator[Tensor]:
 
 
 @cause(
-    "scale missing", "weights",
+    "scale missing",
+    "weights",
     fix="Multiply the weights by the router's scale (routed_scaling_factor).",
-)  # fmt: skip
+)
 def _scale_missing(e: Evidence) -> Iterator[Tensor]:
     yield e.wanted / _scale(e)
 
 
 @cause(
-    "scale applied twice", "weights",
+    "scale applied twice",
+    "weights",
     fix="The router's scale (routed_scaling_factor) multiplies once: in the router or behind the "
     "experts.",
-)  # fmt: skip
+)
 def _scale_twice(e: Evidence) -> Iterator[Tensor]:
     yield e.wanted * _scale(e)
 
 
 @cause(
-    "scale lost in renormalisation", "weights",
+    "scale lost in renormalisation",
+    "weights",
     fix="Renormalise first, then scale: the other way round the scale cancels.",
-)  # fmt: skip
+)
 def _scale_cancelled(e: Evidence) -> Iterator[Tensor]:
     if _scale(e) != 1.0:
         yield normalised(e.wanted)
 
 
 @cause(
-    "logits as weights", "weights",
+    "logits as weights",
+    "weights",
     fix="Gather the weights from the scores.",
-)  # fmt: skip
+)
 def _logits(e: Evidence) -> Iterator[Tensor]:
     chosen_TK = at_chosen(e, value(e, "logits"))
     if chosen_TK is not None:
@@ -132,9 +142,10 @@ def _logits(e: Evidence) -> Iterator[Tensor]:
 
 
 @cause(
-    "weights in another column order", "weights",
+    "weights in another column order",
+    "weights",
     fix="The weights are right and stand at other choices: sort ids and weights together.",
-)  # fmt: skip
+)
 def _columns(e: Evidence) -> Iterator[Tensor]:
     found_TK, wanted_TK = e.found, e.wanted
     if found_TK.shape == wanted_TK.shape:
@@ -143,9 +154,10 @@ def _columns(e: Evidence) -> Iterator[Tensor]:
 
 
 @cause(
-    "all weights equal", "weights",
+    "all weights equal",
+    "weights",
     fix="The router's scores do not reach the weights: each choice counts the same.",
-)  # fmt: skip
+)
 def _uniform(e: Evidence) -> Iterator[Tensor]:
     for weight in (1.0, 1.0 / max(e.wanted.shape[-1], 1)):
         yield torch.full_like(e.wanted, weight)
@@ -153,9 +165,10 @@ def _uniform(e: Evidence) -> Iterator[Tensor]:
 
 
 @cause(
-    "normalised over all experts", "weights",
+    "normalised over all experts",
+    "weights",
     fix="Divide by the sum over the chosen scores, not over all of them.",
-)  # fmt: skip
+)
 def _over_all(e: Evidence) -> Iterator[Tensor]:
     scores_TE = scores_of(e)
     chosen_TK = at_chosen(e, scores_TE)
@@ -167,9 +180,10 @@ def _over_all(e: Evidence) -> Iterator[Tensor]:
 
 
 @cause(
-    "weights squared", "weights",
+    "weights squared",
+    "weights",
     fix="The scores are multiplied in twice.",
-)  # fmt: skip
+)
 def _squared(e: Evidence) -> Iterator[Tensor]:
     yield e.wanted.square()
     chosen_TK = at_chosen(e, scores_of(e))
@@ -181,9 +195,10 @@ def _weighed_by(name: str) -> Cause:
     """For sides that do not show their scores."""
 
     @cause(
-        f"weighed by {name}", "weights",
+        f"weighed by {name}",
+        "weights",
         fix="The two use different score functions: look at the model's scoring_func.",
-    )  # fmt: skip
+    )
     def predict(e: Evidence) -> Iterator[Tensor]:
         logits_TE = value(e, "logits")
         if logits_TE is None or "scores" in e.b.values:

@@ -5,6 +5,7 @@ Exit codes: 0 = done; 1 = it ran and something failed; 2 = the command or a file
 
 from __future__ import annotations
 
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -12,7 +13,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from moetk.errors import ConfigError, MoetkError
+from moetk.errors import ConfigError, EquivalenceError, MoetkError
 
 app = typer.Typer(
     help="Mixture-of-experts parts that compose.",
@@ -97,6 +98,58 @@ def report(
         Console().print(str(path), soft_wrap=True, markup=False, highlight=False)
 
 
+@app.command()
+def compare(
+    a: Annotated[
+        str, typer.Argument(help='The reference: a checkpoint\'s folder or "module:function".')
+    ],
+    b: Annotated[str, typer.Argument(help="What should do the same.")],
+    batch: Annotated[int, typer.Option(min=1, help="Sequences.")] = 2,
+    length: Annotated[int, typer.Option(min=1, help="Tokens of each.")] = 32,
+    hidden_size: Annotated[
+        int | None, typer.Option(min=1, help="Of x, where parts do not tell it.")
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="float64, float32, bfloat16, float16. [as stored]")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the input and the gradient.")] = 0,
+    text: Annotated[
+        Path | None, typer.Option(help="A file whose bytes are the tokens. [random]")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Write a page here.")] = None,
+    json: Annotated[Path | None, typer.Option(help="Write all numbers here.")] = None,
+    repro: Annotated[
+        Path | None, typer.Option(help="Write a failing test into this new folder.")
+    ] = None,
+) -> None:
+    """Where do two models or parts first differ: at a tie, in the rounding, or by a bug?
+
+    A function without required parameters makes the part; one with a parameter is it.
+    """
+    import torch
+
+    from moetk.equivalence.command import Inputs, compare_sources
+    from moetk.equivalence.page import write_page
+    from moetk.equivalence.source import DTYPES, source_of
+    from moetk.equivalence.watch import watched
+
+    if dtype is not None and dtype not in DTYPES:
+        raise typer.BadParameter(f"{dtype!r}; one of {', '.join(DTYPES)}", param_hint="--dtype")
+    sys.path.insert(0, str(Path.cwd()))  # where a reader's own functions lie
+    sources = source_of(a, dtype), source_of(b, dtype)
+    given = Inputs(batch, length, seed, text, hidden_size, getattr(torch, dtype) if dtype else None)
+    with watched(Console(stderr=True)) as progress:
+        found = compare_sources(*sources, given, progress)
+    Console().print(str(found), soft_wrap=True, markup=False, highlight=False)
+    if out is not None:
+        write_page(found, out, shlex.join(["moetk", *sys.argv[1:]]))
+    if json is not None:
+        found.to_json(json)
+    if repro is not None and not found.ok:
+        found.repro(repro, *sources)
+    raise typer.Exit(0 if found.ok else 1)
+
+
 def main() -> None:
     """The console script. An error of moetk's is one line; any other keeps its traceback."""
     try:
@@ -105,7 +158,7 @@ def main() -> None:
         Console(stderr=True).print(
             f"{type(error).__name__}: {error}", soft_wrap=True, markup=False, highlight=False
         )
-        sys.exit(2 if isinstance(error, ConfigError) else 1)
+        sys.exit(2 if isinstance(error, ConfigError | EquivalenceError) else 1)
 
 
 if __name__ == "__main__":

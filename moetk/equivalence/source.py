@@ -36,13 +36,16 @@ class Source:
 
 
 def source_of(builder: Any, dtype: str | None = None) -> Source:
-    """Read "module:function", a function that can be imported, or the folder of a checkpoint.
+    """Read "module:function", a function that can be imported, or the folder of a checkpoint; a
+    Source stays as it is.
 
     A function without required parameters builds and returns the part; one with a parameter is the
     part itself, x_TH -> {stage: array}. dtype: what a checkpoint is loaded in, None = as stored.
 
     Raises ConfigError, naming what cannot be found or imported.
     """
+    if isinstance(builder, Source):
+        return builder
     if isinstance(builder, str) and ":" in builder and not Path(builder).exists():
         return _function(builder, _imported(builder))
     if isinstance(builder, str | Path):

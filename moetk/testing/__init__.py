@@ -1,1 +1,4 @@
 """Laws for users' own parts, and hypothesis strategies to draw their inputs."""
+
+from moetk.testing.check_routers import check_router as check_router
+from moetk.testing.report import LawReport as LawReport

@@ -58,13 +58,18 @@ def coarsest_eps(routing: Routing) -> float:
     return max(torch.finfo(tensor.dtype).eps for tensor in tensors)
 
 
-def rounding_of(subject: RouterSubject, routing: Routing, case: Case) -> Tensor:
-    """How far each weight may be off by rounding alone, the shape of by_token's weights: twice the
-    largest change that inputs rounded at random, in the coarsest dtype of the routing, make in the
-    router itself, with as many roundings as a product has terms, and the rounding of the result."""
-    eps, told = coarsest_eps(routing), by_token(routing)
+def rounding_of(
+    subject: RouterSubject, routing: Routing, case: Case, *, eps: float, terms: int
+) -> Tensor:
+    """How far each weight may be off by rounding alone, in the shape of by_token's weights: twice
+    the largest change that rounding the input at random makes in the router itself, and four
+    roundings of the weight.
+
+    eps: of the dtype that rounds. terms: how many roundings one upon the other a score has.
+    """
+    told = by_token(routing)
     moved = torch.zeros_like(told["weights"], dtype=torch.float64)
-    step = eps * math.sqrt(max(subject.hidden_size, 1))
+    step = eps * math.sqrt(terms)
     generator = torch.Generator().manual_seed(0)
     training = bool(case.settings["training"])
     for _ in range(3):
@@ -73,7 +78,13 @@ def rounding_of(subject: RouterSubject, routing: Routing, case: Case) -> Tensor:
         near = by_token(subject.route(near_TH, context_of(case), training=training))
         change = (near["weights"].double() - told["weights"].double()).abs()
         moved = torch.maximum(moved, change)
-    return 2 * moved + 8 * eps * told["weights"].double().abs()
+    return 2 * moved + 4 * eps * told["weights"].double().abs()
+
+
+def rounding(subject: RouterSubject, routing: Routing, case: Case) -> Tensor:
+    """`rounding_of` in the coarsest dtype of the routing, in sums as long as x is wide."""
+    eps = coarsest_eps(routing)
+    return rounding_of(subject, routing, case, eps=eps, terms=subject.hidden_size)
 
 
 def hold_close(
@@ -99,7 +110,7 @@ def hold_close(
             second=other["chosen"],
         )
         judged_T = ~swapped_T & ~tied_T
-    allowed = rounding_of(subject, first, case)
+    allowed = rounding(subject, first, case)
     off = (told["weights"].double() - other["weights"].double()).abs()
     bad_T = (~(off <= allowed)).any(-1) & judged_T
     hold(

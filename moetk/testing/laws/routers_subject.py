@@ -24,6 +24,7 @@ from moetk.testing.strategies.sequences import positions, token_ids
 Router = Callable[[Tensor, RouterContext], Routing]
 DECLARED_DTYPES = ("gemm_dtype", "score_dtype", "weight_dtype")
 CHOICE_BIAS = "e_score_correction_bias"
+GROUP_NAMES = (("groups", "top_groups"), ("n_group", "topk_group"))
 PROBES = tuple((pattern, seed) for pattern in ("gaussian", "collapsed") for seed in range(4))
 
 
@@ -101,6 +102,34 @@ class RouterSubject:
         training = bool(case.settings.get("training", False))
         return self.route(case["x_TH"], context_of(case), training=training)
 
+    def in_dtype(self, dtype: torch.dtype) -> RouterSubject:
+        """The same router, run and declared in another dtype."""
+        other = copy.copy(self)
+        other.dtype, other._copies = dtype, {}
+        return other
+
+    @cached_property
+    def half(self) -> RouterSubject | None:
+        """The router in bfloat16 throughout, None where it does not run so."""
+        half = self.in_dtype(torch.bfloat16)
+        try:
+            half.route(*half.probe())
+        except Exception:  # whatever a user's code raises, it says: not in this dtype
+            return None
+        return half
+
+    @cached_property
+    def rounded(self) -> RouterSubject:
+        """The router in self.dtype, its parameters rounded to bfloat16 first."""
+        other, router = self.in_dtype(self.dtype), self.fresh()
+        if isinstance(router, nn.Module):
+            with torch.no_grad():
+                for tensor in router.state_dict().values():
+                    if tensor.is_floating_point():
+                        tensor.copy_(tensor.bfloat16())
+        other._copies[False, self.dtype] = router
+        return other
+
     # -- what it is
 
     @property
@@ -126,9 +155,35 @@ class RouterSubject:
 
     @property
     def has_choice_bias(self) -> bool:
-        return isinstance(getattr(self.original, CHOICE_BIAS, None), Tensor)
+        if not isinstance(self.original, nn.Module):
+            return False
+        held = [*self.original.named_parameters(), *self.original.named_buffers()]
+        return CHOICE_BIAS in dict(held)
 
-    def fields_read(self, training: bool) -> frozenset[str]:
+    @property
+    def groups(self) -> tuple[int, int] | None:
+        """(groups, of which a token may use) where the router declares them."""
+        for names in GROUP_NAMES:
+            total, used = (getattr(self.original, name, None) for name in names)
+            if isinstance(total, int) and isinstance(used, int) and total > 0:
+                return total, used
+        return None
+
+    @property
+    def bias(self) -> Tensor:
+        """The choice bias that the copies start from."""
+        held: Tensor = getattr(self.copy_at(False), CHOICE_BIAS)
+        return held.detach().clone()
+
+    def with_bias(self, bias_E: Tensor) -> Router:
+        """A fresh copy with that choice bias."""
+        router = self.fresh()
+        with torch.no_grad():
+            held: Tensor = getattr(router, CHOICE_BIAS)
+            held.copy_(bias_E.to(held.dtype))
+        return router
+
+    def fields_read(self, training: bool, *, packed: bool = False) -> frozenset[str]:
         """Which fields of its context it reads."""
         seen: set[str] = set()
 
@@ -138,7 +193,8 @@ class RouterSubject:
                 return super().__getattribute__(name)
 
         x_TH, ctx = self.probe()
-        watched = Watched(**{f.name: getattr(ctx, f.name) for f in fields(ctx)})
+        told = {f.name: getattr(ctx, f.name) for f in fields(ctx)}
+        watched = Watched(**(told | {"batch_shape": None} if packed else told))
         seen.clear()
         self.route(x_TH, watched, training=training)
         return frozenset(seen)

@@ -1,0 +1,277 @@
+"""The gradient of the weights: to every parameter, to no bias, right, and within its token."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from hypothesis import assume
+from torch import Tensor, nn
+
+from moetk.context import RouterContext
+from moetk.kernels.selection import gather, normalise, top_k
+from moetk.routing import Routing, SoftChoice, TokenChoice
+from moetk.testing.law import Case, Law, hold, law
+from moetk.testing.laws.routers_cases import ScoredRouter, broken_subject, inputs, moderate
+from moetk.testing.laws.routers_compare import coarsest_eps
+from moetk.testing.laws.routers_subject import (
+    CHOICE_BIAS,
+    Router,
+    RouterSubject,
+    by_token,
+    context_of,
+)
+from moetk.testing.laws.routers_symmetry import unless_choice_bias
+
+
+def _mixed(told: dict[str, Tensor], seed: int) -> Tensor:
+    """A scalar: what is differentiable in a routing, times drawn numbers, summed in float64."""
+    generator = torch.Generator().manual_seed(seed)
+    total = torch.zeros((), dtype=torch.float64)
+    for tensor in told.values():
+        if tensor.is_floating_point():
+            noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
+            total = total + (tensor.double() * noise).sum()
+    return total
+
+
+def _gradients(total: Tensor, wanted: list[Tensor]) -> list[Tensor | None]:
+    if not total.requires_grad:
+        return [None] * len(wanted)
+    return list(torch.autograd.grad(total, wanted, allow_unused=True, retain_graph=True))
+
+
+class LeaksThroughTheBias(ScoredRouter):
+    """Takes the biased score and subtracts the bias again, detached: right in value alone."""
+
+    def __init__(self, *sizes: int) -> None:
+        super().__init__(*sizes, choice_bias=True)
+
+    def forward(self, x_TH: Tensor, ctx: RouterContext) -> TokenChoice:
+        bias_E = self.get_buffer(CHOICE_BIAS)
+        choice_TE = self.scored(x_TH)[1] + bias_E
+        experts_TK = top_k(choice_TE, self.top_k, ctx)
+        weights_TK = gather(choice_TE, experts_TK) - bias_E.detach()[experts_TK]
+        return self.chosen(experts_TK, weights_TK, choice_TE=choice_TE)
+
+
+@law(
+    "R37",
+    "no gradient to the choice bias",
+    formula="d weights / d b = 0",
+    source="DeepSeek-V3, arXiv 2412.19437, section 2.1.2: a controller moves b, no loss does",
+    cases=moderate(training=None),
+    broken=broken_subject(LeaksThroughTheBias),
+    unless=unless_choice_bias,
+)
+def no_gradient_to_bias(subject: RouterSubject, case: Case) -> None:
+    router = subject.fresh(training=bool(case.settings["training"]))
+    assert isinstance(router, nn.Module)
+    bias_E = subject.bias.requires_grad_()
+    given = (case["x_TH"].to(subject.dtype), context_of(case))
+    routing = torch.func.functional_call(router, {CHOICE_BIAS: bias_E}, given)
+    (grad,) = _gradients(_mixed({"weights": by_token(routing)["weights"]}, 0), [bias_E])
+    hold(
+        grad is None or (grad == 0).all(),
+        f"the weights' gradient reaches {CHOICE_BIAS}: take weights from the scores, not from "
+        "what chooses",
+    )
+
+
+class RescalesOne(ScoredRouter):
+    """One choice, rescaled to sum to one: its weight is 1, whatever the router thinks."""
+
+    def forward(self, x_TH: Tensor, ctx: RouterContext) -> TokenChoice:
+        _, scores_TE = self.scored(x_TH)
+        experts_TK = top_k(scores_TE, self.top_k, ctx)
+        return self.chosen(experts_TK, normalise(gather(scores_TE, experts_TK)))
+
+
+def _unless_it_learns(subject: RouterSubject) -> str | None:
+    if subject.num_experts == 1:
+        return "of one expert there is nothing to learn"
+    if not subject.trained(subject.copy_at(True)):
+        return "it has no parameters that require a gradient"
+    return None
+
+
+@law(
+    "R38",
+    "the gradient reaches every parameter",
+    formula="d weights / d w != 0, or d extras / d w != 0 for its own loss, for each parameter w",
+    source="K = 1, rescaled: s / s = 1 has no gradient; Switch, arXiv 2101.03961, keeps s",
+    cases=inputs("gaussian", least_length=13, training=True),
+    broken=broken_subject(RescalesOne, 4, 4, 1),
+    unless=_unless_it_learns,
+)
+def reaches_parameters(subject: RouterSubject, case: Case) -> None:
+    router = subject.copy_at(True)
+    x_TH = case["x_TH"].to(subject.dtype)
+    routing: Routing = router(x_TH, context_of(case))
+    named, told = subject.trained(router), by_token(routing)
+    names, wanted = list(named), list(named.values())
+    from_weights = _gradients(_mixed({n: t for n, t in told.items() if n != "kept"}, 1), wanted)
+    from_extras = _gradients(_mixed(dict(routing.extras), 2), wanted)
+    # Exactly 0 in maths may be a rounding in numbers: s / s has the derivative 1 / s - s / s^2.
+    least = 4 * coarsest_eps(routing) * float(x_TH.double().norm())
+    unmoved = [
+        name
+        for name, *grads in zip(names, from_weights, from_extras, strict=True)
+        if all(grad is None or float(grad.double().norm()) <= least for grad in grads)
+    ]
+    one = isinstance(routing, TokenChoice) and routing.experts_TK.shape[1] == 1
+    trap = " (K = 1 and a rescaled weight: it is always 1; keep the score itself)" if one else ""
+    hold(
+        not unmoved,
+        f"no gradient of the weights reaches {', '.join(unmoved)}{trap}",
+        weights=told["weights"],
+    )
+
+
+class ForgetsTheDenominator(ScoredRouter):
+    """The sum that rescales is detached, as if it were a number."""
+
+    def forward(self, x_TH: Tensor, ctx: RouterContext) -> TokenChoice:
+        _, scores_TE = self.scored(x_TH)
+        experts_TK = top_k(scores_TE, self.top_k, ctx)
+        chosen_TK = gather(scores_TE, experts_TK)
+        return self.chosen(experts_TK, chosen_TK / chosen_TK.sum(-1, keepdim=True).detach())
+
+
+def _unless_surrogate(subject: RouterSubject) -> str | None:
+    return "it declares surrogate_gradient = True" if subject.surrogate_gradient else None
+
+
+class _Line:
+    """A router along one drawn direction of its input and of all its trained parameters."""
+
+    def __init__(self, router: Router, trained: dict[str, Tensor], case: Case, dtype: torch.dtype):
+        self.router, self.ctx = router, context_of(case)
+        self.start = {**trained, "": case["x_TH"].to(dtype).requires_grad_()}
+        generator = torch.Generator().manual_seed(int(case.settings["seed"] or 0))
+        self.moves = {}
+        for name, tensor in self.start.items():
+            noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
+            size = tensor.detach().double().abs().mean().clamp(min=1e-3)
+            self.moves[name] = (noise * size).to(dtype)
+
+    def at(self, step: float) -> Routing:
+        """The routing `step` along the line, with graph at 0 alone."""
+        if step == 0.0:
+            return self.router(self.start[""], self.ctx)
+        with torch.no_grad():
+            moved = {name: t + step * self.moves[name] for name, t in self.start.items()}
+            x_TH = moved.pop("")
+            if not isinstance(self.router, nn.Module):
+                return self.router(x_TH, self.ctx)
+            told = torch.func.functional_call(self.router, moved, (x_TH, self.ctx))
+            return told  # type: ignore[no-any-return]
+
+    def slope(self, total: Tensor) -> float:
+        """The derivative along the line that backward gives."""
+        grads = _gradients(total, list(self.start.values()))
+        pairs = zip(grads, self.moves.values(), strict=True)
+        return sum(float((g.double() * move.double()).sum()) for g, move in pairs if g is not None)
+
+
+def _decided(routing: Routing) -> list[Tensor]:
+    """What must not change along the line: between two choices there is no derivative."""
+    told = by_token(routing)
+    if isinstance(routing, SoftChoice):
+        return []
+    return [tensor for name, tensor in told.items() if name != "weights"]
+
+
+def _smooth(routing: Routing) -> dict[str, Tensor]:
+    told = by_token(routing)
+    names = ("chosen", "weights") if isinstance(routing, SoftChoice) else ("weights",)
+    return {name: told[name] for name in names}
+
+
+@law(
+    "R39",
+    "the gradient is the derivative",
+    formula="|g - D(h/2)| <= |D(h) - D(h/2)| + rounding / h, D(h) = (f(h) - f(-h)) / 2h",
+    source="central differences: D(h/2) is off by a third of D(h) - D(h/2), at fixed choices",
+    cases=moderate(least_length=1, training=None),
+    broken=broken_subject(ForgetsTheDenominator),
+    unless=_unless_surrogate,
+)
+def gradient_is_derivative(subject: RouterSubject, case: Case) -> None:
+    router = subject.copy_at(bool(case.settings["training"]))
+    line = _Line(router, subject.trained(router), case, subject.dtype)
+    middle = line.at(0.0)
+    eps = coarsest_eps(middle)
+    step = eps**0.25
+
+    def value(at: float) -> float:
+        routing = line.at(at)
+        decided = zip(_decided(middle), _decided(routing), strict=True)
+        assume(all(torch.equal(first, second) for first, second in decided))
+        return float(_mixed(_smooth(routing), 3))
+
+    wide = (value(step) - value(-step)) / (2 * step)
+    near = (value(step / 2) - value(-step / 2)) / step
+    slope = line.slope(_mixed(_smooth(middle), 3))
+    size = sum(float(tensor.detach().double().abs().sum()) for tensor in _smooth(middle).values())
+    allowed = abs(wide - near) + 64 * eps * size * math.sqrt(subject.hidden_size) / step
+    hold(
+        abs(slope - near) <= allowed,
+        f"the gradient along a drawn direction is {slope:.6g}, the difference quotient {near:.6g} "
+        f"+- {allowed:.2g}. A surrogate on purpose declares surrogate_gradient = True",
+    )
+
+
+class SmugglesALoss(ScoredRouter):
+    """Adds a balance term to the weights with its value taken off again: no value changes, and
+    every token's gradient reaches every other one."""
+
+    def forward(self, x_TH: Tensor, ctx: RouterContext) -> TokenChoice:
+        _, scores_TE = self.scored(x_TH)
+        experts_TK = top_k(scores_TE, self.top_k, ctx)
+        balance = scores_TE.mean(0).square().sum()
+        weights_TK = gather(scores_TE, experts_TK) + (balance - balance.detach())
+        return self.chosen(experts_TK, weights_TK)
+
+
+def _unless_gradients_mix(subject: RouterSubject) -> str | None:
+    if subject.per_batch:
+        return "it declares per_batch = True"
+    return _unless_surrogate(subject)
+
+
+@law(
+    "R40",
+    "gradients stay where values stay",
+    formula="d weights_t / d x_s = 0, s another sequence (s != t where tokens do not compete)",
+    source="batch independence, differentiated: a token does not move what it does not read",
+    cases=moderate(least_sequences=2, least_length=1, training=None),
+    broken=broken_subject(SmugglesALoss),
+    unless=_unless_gradients_mix,
+)
+def gradients_stay(subject: RouterSubject, case: Case) -> None:
+    router = subject.copy_at(bool(case.settings["training"]))
+    x_TH = case["x_TH"].to(subject.dtype).requires_grad_()
+    told = _smooth(router(x_TH, context_of(case)))
+    length = int(case.settings["length"] or 0)
+    token = int(case.settings["seed"] or 0) % len(x_TH)
+    (grad_TH,) = _gradients(_mixed({n: t[token : token + 1] for n, t in told.items()}, 4), [x_TH])
+    if grad_TH is None:
+        return
+    token_T = torch.arange(len(x_TH))
+    apart_T = (token_T // length != token // length) if subject.mixes else (token_T != token)
+    leaked_T = (grad_TH != 0).any(-1) & apart_T
+    reached = leaked_T.nonzero()[:, 0].tolist()
+    hold(
+        ~leaked_T,
+        f"the weights of token {token} have a gradient in tokens {reached}",
+        grad_TH=grad_TH,
+    )
+
+
+LAWS: tuple[Law[RouterSubject], ...] = (
+    no_gradient_to_bias,
+    reaches_parameters,
+    gradient_is_derivative,
+    gradients_stay,
+)

@@ -5,21 +5,15 @@ Letters: T tokens, E experts, K choices a token, J = 2I up-projection width.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
-from moetk.equivalence.cause import Cause, Evidence, cause, deviation
+from moetk.equivalence.cause import Cause, Evidence, cause
 from moetk.equivalence.causes.chain import hidden
 from moetk.equivalence.causes.counts import repeats
-from moetk.equivalence.causes.values import (
-    at_chosen,
-    nearest_multiple,
-    score_function,
-    scores_of,
-    value,
-)
+from moetk.equivalence.causes.values import at, nearest_multiple, score_function, softmax, value
 from moetk.experts import ClampedGated, GptOssGated
 
 ANY = tuple(
@@ -35,15 +29,12 @@ ANY = tuple(
         "up_bias",
         "up_weight",
         "weights",
-        "choice",
-        "scores",
         "logits",
         "router.bias",
         "router.weight",
         "x",
     )
 )
-ROUTER = ("grad choice", "grad scores", "grad logits")
 
 
 @cause(
@@ -69,25 +60,14 @@ def _clamped(e: Evidence) -> Iterator[Tensor]:
 )
 def _unclamped(e: Evidence) -> Iterator[Tensor]:
     own, hidden_TKJ = e.facts.get("activation"), hidden(e)
-    arriving, inner = e.a.grads.get("activation"), value(e, "activation")
-    if hidden_TKJ is None or arriving is None or inner is None:
+    arriving = e.a.grads.get("activation")
+    if not isinstance(own, ClampedGated | GptOssGated) or hidden_TKJ is None or arriving is None:
         return
-    if not isinstance(own, ClampedGated | GptOssGated):
-        return
-    with torch.enable_grad():
-        held = torch.cat([h.clamp(*ends) for h, ends in _bounds(own.limit, hidden_TKJ)], -1)
-        held = held.detach().requires_grad_()
-        again = own(*held.chunk(2, -1))
-        (gradient,) = torch.autograd.grad(again, held, arriving.to(again))
-    yield gradient
-
-
-def _bounds(
-    limit: float, hidden_TKJ: Tensor
-) -> Iterator[tuple[Tensor, tuple[float | None, float]]]:
     gate, up = hidden_TKJ.chunk(2, -1)
-    yield gate, (None, limit)
-    yield up, (-limit, limit)
+    with torch.enable_grad():
+        held = torch.cat([gate.clamp(max=own.limit), up.clamp(-own.limit, own.limit)], -1)
+        held = held.detach().requires_grad_()
+        yield torch.autograd.grad(own(*held.chunk(2, -1)), held, arriving.to(held))[0]
 
 
 @cause(
@@ -118,60 +98,39 @@ def _duplicate(e: Evidence) -> Iterator[Tensor]:
         yield e.wanted.masked_fill(again, 0)
 
 
-def _to_weights(e: Evidence) -> Tensor | None:
-    """What arrives at the weights, (T, K): the same on both sides."""
-    return e.a.grads.get("weights")
-
-
-def _spread(values_TK: Tensor, e: Evidence) -> Tensor:
-    """From the chosen back to all experts, (T, E)."""
-    ids_TK, scores_TE = value(e, "indices"), scores_of(e)
-    assert ids_TK is not None and scores_TE is not None
-    values_TK = values_TK.masked_fill(ids_TK < 0, 0).to(scores_TE)
-    return torch.zeros_like(scores_TE).scatter_add(1, ids_TK.clamp(min=0), values_TK)
-
-
-def _to_logits(e: Evidence, gradient_TE: Tensor) -> Iterator[Tensor]:
-    """A gradient of the scores at this stage: as it is, or through the score function."""
-    if e.stage != "grad logits":
-        yield gradient_TE
+def _to_logits(e: Evidence, weigh: Callable[[Tensor], Tensor]) -> Iterator[Tensor]:
+    """The logits' gradient if the weights were this function of the chosen scores, (T, K) each."""
+    logits_TE, ids_TK = value(e, "logits"), value(e, "indices")
+    arriving_TK = e.a.grads.get("weights")
+    if logits_TE is None or ids_TK is None or arriving_TK is None:
         return
-    logits_TE = value(e, "logits")
-    function = score_function(e) or (lambda t: t.softmax(-1))
-    if logits_TE is not None:
-        with torch.enable_grad():
-            leaf_TE = logits_TE.detach().requires_grad_()
-            scores_TE = function(leaf_TE)
-            yield torch.autograd.grad(scores_TE, leaf_TE, gradient_TE)[0]
+    with torch.enable_grad():
+        leaf_TE = logits_TE.detach().requires_grad_()
+        weights_TK = weigh(at((score_function(e) or softmax)(leaf_TE), ids_TK))
+        yield torch.autograd.grad(weights_TK, leaf_TE, arriving_TK.to(weights_TK))[0]
 
 
 @cause(
     "sum of the renormalisation detached",
-    *ROUTER,
+    "grad logits",
     fix="The sum that divides the chosen scores has a gradient too.",
 )
 def _sum_detached(e: Evidence) -> Iterator[Tensor]:
-    arriving_TK, chosen_TK = _to_weights(e), at_chosen(e, scores_of(e))
     weights_TK = value(e, "weights")
-    if arriving_TK is None or chosen_TK is None or weights_TK is None:
-        return
-    # weights = chosen * (scale / sum), whatever the scale.
-    factor_TK = weights_TK / (chosen_TK + (chosen_TK == 0))
-    factor_T1 = factor_TK[:, :1]
-    if deviation(factor_T1 * chosen_TK, weights_TK) <= max(e.tolerance, 1e-9):
-        yield from _to_logits(e, _spread(arriving_TK * factor_T1, e))
+    if weights_TK is not None:
+        # Whatever the weights are of the chosen scores, as a constant factor.
+        yield from _to_logits(e, lambda chosen_TK: chosen_TK * (weights_TK / chosen_TK).detach())
 
 
 @cause(
     "renormalisation skipped in backward",
-    *ROUTER,
+    "grad logits",
     fix="Backward goes straight from the weights to the chosen scores; the division has a "
     "gradient.",
 )
 def _no_division(e: Evidence) -> Iterator[Tensor]:
-    arriving_TK = _to_weights(e)
-    if arriving_TK is not None and scores_of(e) is not None and "indices" in e.a.values:
-        yield from _to_logits(e, _spread(arriving_TK, e))
+    scale = float(e.facts.get("scale") or 1.0)
+    yield from _to_logits(e, lambda chosen_TK: scale * chosen_TK)
 
 
 @cause(

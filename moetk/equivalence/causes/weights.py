@@ -104,10 +104,13 @@ def _softmax_before(e: Evidence) -> Iterator[Tensor]:
 @cause(
     "scale missing",
     "weights",
-    fix="Multiply the weights by the router's scale (routed_scaling_factor).",
+    fix="Multiply the weights by the router's scale (routed_scaling_factor), after they are "
+    "renormalised: before it, the scale cancels.",
 )
 def _scale_missing(e: Evidence) -> Iterator[Tensor]:
     yield e.wanted / _scale(e)
+    if _scale(e) != 1.0:
+        yield normalised(e.wanted)
 
 
 @cause(
@@ -118,16 +121,6 @@ def _scale_missing(e: Evidence) -> Iterator[Tensor]:
 )
 def _scale_twice(e: Evidence) -> Iterator[Tensor]:
     yield e.wanted * _scale(e)
-
-
-@cause(
-    "scale lost in renormalisation",
-    "weights",
-    fix="Renormalise first, then scale: the other way round the scale cancels.",
-)
-def _scale_cancelled(e: Evidence) -> Iterator[Tensor]:
-    if _scale(e) != 1.0:
-        yield normalised(e.wanted)
 
 
 @cause(
@@ -221,7 +214,6 @@ WEIGHTS = (
     _softmax_again,
     _scale_missing,
     _scale_twice,
-    _scale_cancelled,
     _logits,
     _columns,
     _uniform,

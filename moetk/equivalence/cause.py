@@ -19,6 +19,7 @@ from moetk.equivalence.trace import EXACT, Trace
 
 UNEXPLAINED = 0.1  # of the difference may be left over, at most
 
+
 @dataclass(frozen=True, eq=False)
 class Evidence:
     """What is known where two sides first differ.
@@ -64,9 +65,12 @@ class Evidence:
 
 
 def read(trace: Trace, stage: str) -> Tensor:
-    """A stage's value, or for "grad NAME" its gradient."""
+    """A stage's value, or for "grad NAME" its gradient. What a layer returns is its experts' sum
+    where it adds nothing to that."""
     if stage.startswith("grad "):
         return trace.grads[stage.removeprefix("grad ")]
+    if stage == "output" and stage not in trace.values:
+        stage = "combined"
     return trace.values[stage]
 
 

@@ -22,7 +22,7 @@ from moetk.context import RouterContext
 from moetk.equivalence.cause import Evidence, deviation, diagnose, read
 from moetk.equivalence.causes.all import CAUSES
 from moetk.equivalence.double import InDouble
-from moetk.equivalence.judge import Choices, Verdict, compare_choices, floor, largest_error
+from moetk.equivalence.judge import FACTOR, Choices, Verdict, compare_choices, floor, largest_error
 from moetk.equivalence.report import Question, Report, Row
 from moetk.equivalence.sides.pick import side_of
 from moetk.equivalence.trace import EXACT, GIVEN, STAGES, Side, Trace, observe
@@ -31,6 +31,9 @@ from moetk.routing import Routing
 
 PARITY = 1e-10
 SCORES = ("choice", "scores", "logits")
+# What code raises that cannot run in fp64: torch's grouped_mm, a kernel, a tensor of another dtype
+# in a closure. It is then judged in its own dtype alone, and the report says so.
+NO_TWIN = (EquivalenceError, RuntimeError, TypeError, NotImplementedError)
 # In reverse of the computation. Parameters stand where their gradient appears; others before x.
 GRADIENTS = (
     "losses", "combined", "expert_output", "down_bias", "down_weight", "activation", "up",
@@ -125,12 +128,14 @@ def _in_double(
             x_TH = x_TH.double()
             own_a, own_b = observe(a, x_TH, seed=seed), observe(b, x_TH, seed=seed)
             at_a, at_b, local = _forced(a, b, x_TH, own_a, own_b, seed)
-    except EquivalenceError as error:
-        notes.append(f"not judged as a function in fp64: {error}")
+    except NO_TWIN as error:
+        notes.append(f"not judged as a function in fp64: {_first_line(error)}")
         return None
     scores = _scores(own_a, own_b)
     # In fp64 the order of a sum moves a score by so much; what is closer is a tie.
-    slack = 0.0 if scores is None else 1e-13 * float(_finite(scores[0]).abs().amax().nan_to_num())
+    slack = 0.0
+    if scores is not None and scores[0].numel():
+        slack = 1e-13 * float(_finite(scores[0]).abs().amax())
     return _Pass(at_a, at_b, own_a, own_b, local, _choices(own_a, own_b, scores, slack))
 
 
@@ -152,21 +157,16 @@ def _in_their_dtypes(
             with InDouble():
                 exact, x64 = side.in_double(), x_TH.double()
                 given, upstream = _given(own_eager) if local else ({}, {})
+                given = {name: _widest(value) for name, value in given.items()}
                 truth = observe(exact, x64, given=given, upstream=upstream, seed=seed)
                 truth_a = observe(exact, x64, given=_ids(own_eager), seed=seed)
                 truth_b = observe(exact, x64, given=_ids(own_b), seed=seed)
             break
-        except EquivalenceError as error:
-            notes.append(f"{side.name} is no fp64 truth: {error}")
+        except NO_TWIN as error:
+            notes.append(f"{side.name} is no fp64 truth: {_first_line(error)}")
             truth = truth_a = truth_b = None
     scores = _scores(truth_a or own_eager, own_b)
-    slack = math.inf if truth_a is None else 0.0
-    if truth_a is not None and scores is not None:
-        slack = max(
-            (largest_error(own_eager.values[n], truth_a.values[n]) for n in SCORES
-             if n in own_eager.values and n in truth_a.values),
-            default=0.0,
-        )  # fmt: skip
+    slack = math.inf if truth_a is None else _slack(own_eager, truth_a)
     leaves = [leaf.tensor.shape for leaf in side_a.leaves().values()]
     reduction = max([len(x_TH), x_TH.shape[1], *(max(shape, default=1) for shape in leaves)])
     ids = own_a.values.get("indices")
@@ -174,6 +174,26 @@ def _in_their_dtypes(
         at_a, at_b, own_eager, own_b, local, _choices(own_a, own_b, scores, slack),
         truth, truth_a, truth_b, reduction, 1 if ids is None else max(ids.shape[-1], 1),
     )  # fmt: skip
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".split("\n", 1)[0]
+
+
+def _widest(value: Tensor) -> Tensor:
+    return value.double() if value.is_floating_point() else value
+
+
+def _slack(plain: Trace, truth: Trace) -> float:
+    """The error that a right implementation's scores may have: twice the plain one's, and the
+    rounding of the largest score."""
+    name = next((name for name in SCORES if name in truth.values), None)
+    if name is None or name not in plain.values:
+        return 0.0
+    scores_TE = plain.values[name]
+    unit = torch.finfo(scores_TE.dtype).eps / 2
+    largest = float(_finite(scores_TE).abs().amax()) if scores_TE.numel() else 0.0
+    return max(FACTOR * largest_error(scores_TE, truth.values[name]), unit * largest)
 
 
 def _forced(
@@ -229,14 +249,20 @@ def _choices(
 
 def _common(a: Trace, b: Trace) -> tuple[list[str], list[str], list[str]]:
     """Stages of both in order, and those of one alone."""
-    forward = [name for name in STAGES if name in a.values and name in b.values]
-    both = [name for name in a.grads if name in b.grads]
+    of_a, of_b = set(a.values), set(b.values)
+    if "output" in of_a ^ of_b and "combined" in of_a & of_b:
+        # One side adds something to its experts' sum, and the other returns that sum.
+        of_a, of_b = of_a | {"output"}, of_b | {"output"}
+    forward = [name for name in STAGES if name in of_a & of_b]
+    # A formula may pass by the scores (the softmax of the kept logits is the renormalised softmax):
+    # what gradient they have is its own affair.
+    both = [name for name in a.grads if name in b.grads and name not in ("scores", "choice")]
     order = {name: place for place, name in enumerate(GRADIENTS)}
     middle = order["x"] - 0.5
     both.sort(key=lambda name: order.get(name, middle))
     stages = forward + [f"grad {name}" for name in both]
-    names_a = set(a.values) | {f"grad {name}" for name in a.grads}
-    names_b = set(b.values) | {f"grad {name}" for name in b.grads}
+    names_a = of_a | {f"grad {name}" for name in a.grads}
+    names_b = of_b | {f"grad {name}" for name in b.grads}
     return stages, sorted(names_a - names_b), sorted(names_b - names_a)
 
 

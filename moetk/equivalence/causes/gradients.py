@@ -119,7 +119,12 @@ def _sum_detached(e: Evidence) -> Iterator[Tensor]:
     weights_TK = value(e, "weights")
     if weights_TK is not None:
         # Whatever the weights are of the chosen scores, as a constant factor.
-        yield from _to_logits(e, lambda chosen_TK: chosen_TK * (weights_TK / chosen_TK).detach())
+        yield from _to_logits(e, lambda chosen_TK: chosen_TK * _ratio(weights_TK, chosen_TK))
+
+
+def _ratio(weights_TK: Tensor, chosen_TK: Tensor) -> Tensor:
+    chosen_TK = chosen_TK.detach()
+    return weights_TK / (chosen_TK + (chosen_TK == 0))
 
 
 @cause(

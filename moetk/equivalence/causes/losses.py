@@ -6,6 +6,7 @@ Letters: T tokens, E experts, K choices a token.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import fields, replace
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from moetk.equivalence.cause import Cause, Evidence, cause, deviation
 from moetk.equivalence.causes.values import normalised, used, value
+from moetk.equivalence.double import InDouble
 from moetk.routing import TokenChoice
 
 
@@ -75,7 +77,8 @@ def _values(e: Evidence, routing: TokenChoice, **told: Any) -> Tensor | None:
     if len(losses) != len(e.wanted):
         return None
     ctx = replace(e.ctx, **told)
-    with torch.no_grad():
+    in_its_dtype = InDouble() if e.wanted.dtype == torch.float64 else nullcontext()
+    with torch.no_grad(), in_its_dtype:
         return torch.stack([loss(routing, ctx).to(e.wanted) for loss in losses])
 
 
@@ -83,8 +86,7 @@ def _again(e: Evidence) -> TokenChoice | None:
     """The routing, where the reference's losses make its stage of it."""
     routing = _routing(e)
     own = None if routing is None else _values(e, routing)
-    # Losses sum in fp32 by declaration, whatever the evidence is in.
-    if own is None or deviation(own, e.wanted) > max(e.tolerance, 1e-6):
+    if own is None or deviation(own, e.wanted) > e.tolerance:
         return None
     return routing
 

@@ -44,6 +44,7 @@ class LayerSide(ModuleSide):
             **bank_facts(bank_view(layer.experts)),
             **router_facts(layer.router),
             **dispatch_facts(layer.dispatcher),
+            "losses": tuple(layer.attachment.losses),
         }
 
     def leaves(self) -> Mapping[str, Leaf]:

@@ -49,6 +49,7 @@ class ReplacedSide(BlockSide):
             **bank_facts(bank_view(self._experts)),
             **router_facts(router, site.settings),
             **dispatch_facts(site.dispatcher),
+            "losses": tuple(site.attachment.losses),
         }
 
     def leaves(self) -> Mapping[str, Leaf]:

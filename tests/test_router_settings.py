@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from moetk.context import RouterContext
 from moetk.errors import MoeShapeError, RouterConfigError
 from moetk.routers import (
     DeepSeekV3Router,
@@ -23,6 +24,7 @@ from moetk.routers import (
     SwitchRouter,
     largest,
     random_table,
+    top_k_as_summed,
 )
 
 H, E, K = 12, 8, 3
@@ -153,6 +155,10 @@ def test_choosing_at_its_borders():
     for k in (-1, 4):
         with raises(f"k={k}, but there are 3 to choose from; need 0 <= k <= 3."):
             largest(x_RN, k)
+    for tie in ("high", "wide"):  # before and behind the two that there are, in any order
+        for choose in (largest, lambda x, k, t: top_k_as_summed(x, k, RouterContext(), t)):
+            with raises(f"tie={tie!r} is not a rule; use tie='low' or tie='stock'."):
+                choose(x_RN, 2, tie)
     assert sorted(random_table(1, 3, 3)[0].tolist()) == [0, 1, 2]
     assert torch.equal(random_table(9, 4, 2), random_table(9, 4, 2, seed=0))
     with raises("random_table: top_k=4 but num_experts=3; need 1 <= top_k <= 3."):

@@ -49,6 +49,7 @@ ROOMS = [
     "moetk/controllers/*.py",
     "moetk/dispatch/*.py",
 ]
+KINDS = ("router", "loss", "controller", "dispatcher")
 TESTS = [
     "tests/test_rout*.py",
     "tests/test_check_routing.py",
@@ -61,7 +62,7 @@ TESTS = [
     "tests/losses/test_*.py",
     "tests/layers/test_attach.py",
     "tests/layers/test_losses_in_models.py",
-    "tests/testing/test_*_laws.py",
+    *(f"tests/testing/test_{kind}_laws.py" for kind in KINDS),
 ]
 KEY = ("file", "digest", "operator", "occurrence")
 COLUMNS = (*KEY, "line", "before", "after", "status", "by", "seconds", "commit")
@@ -192,13 +193,7 @@ def judged(
             for mutant, child in list(running.items()):
                 seconds = time.monotonic() - child.started
                 if child.answer in answered:
-                    try:
-                        verdict: Verdict = child.answer.recv()
-                    except EOFError:
-                        child.process.join()
-                        verdict = Verdict(
-                            "crash", f"the process ended with {child.process.exitcode}"
-                        )
+                    verdict = heard_from(child)
                 elif seconds > limit:
                     verdict = Verdict("timeout", f"{limit:.0f} s")
                 else:
@@ -208,6 +203,15 @@ def judged(
     finally:
         for child in running.values():
             child.kill()
+
+
+def heard_from(child: Child) -> Verdict:
+    try:
+        verdict: Verdict = child.answer.recv()
+    except EOFError:  # it died without a word
+        child.process.join()
+        return Verdict("crash", f"the process ended with {child.process.exitcode}")
+    return verdict
 
 
 def as_row(mutant: Mutant, tree: Path, verdict: Verdict, seconds: float, commit: str) -> Row:

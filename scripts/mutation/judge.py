@@ -152,14 +152,20 @@ class Mutated(importlib.abc.MetaPathFinder):
         return importlib.util.spec_from_file_location(fullname, self.path, loader=self.loader)
 
 
-class WithoutShrinking:
-    """One failing example says enough; hypothesis need not look for the smallest."""
+class Lean:
+    """What takes time and tells nothing about a mutant is left out."""
 
     def pytest_sessionstart(self) -> None:
         from hypothesis import Phase, settings
 
+        # One failing example says enough; the smallest is not looked for.
         settings.register_profile("mutation", phases=[Phase.explicit, Phase.generate])
         settings.load_profile("mutation")
+
+    def pytest_collection_modifyitems(self, items: list[Any]) -> None:
+        # Of the laws' tests, those that hold moetk's own parts to them; the others test the laws.
+        laws = "tests/testing/"
+        items[:] = [i for i in items if laws not in i.nodeid or "keep" in i.nodeid]
 
 
 def _enter(root: Path) -> None:
@@ -175,7 +181,7 @@ def _pytest(tests: Sequence[str], watch: object, *options: str) -> int:
 
     # A test's own time limit would call an endless mutant killed.
     fixed = ["-q", "-p", "no:cacheprovider", "-o", "timeout=0"]
-    return int(pytest.main([*tests, *fixed, *options], plugins=[WithoutShrinking(), watch]))
+    return int(pytest.main([*tests, *fixed, *options], plugins=[Lean(), watch]))
 
 
 def _outside(module: ModuleType, root: Path) -> bool:

@@ -1,0 +1,422 @@
+"""Laws of a controller's step: where a bias moves and how far, precision, copies, resuming.
+
+Letters: T tokens, E experts, K choices a token.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import torch
+from hypothesis import strategies as st
+from hypothesis.strategies import SearchStrategy
+from torch import Tensor, nn
+
+from moetk.context import RouterContext
+from moetk.controllers import BiasUpdate
+from moetk.controllers.bias_update import BUFFER
+from moetk.equivalence.judge import floor
+from moetk.kernels.counting import count_choices
+from moetk.layers.attach import Steered
+from moetk.testing.law import Case, Law, hold, law
+from moetk.testing.laws.controllers_observe import cases, micro_batches, no_bias
+from moetk.testing.laws.controllers_subject import ControllerSubject
+from moetk.testing.strategies.losses import context_of, routing_of, routings
+
+
+class _Rule:
+    """A bias rule as it is often written: it adds to the router's buffer."""
+
+    accumulate = "sum"
+    rate = 2.0**-10
+
+    def bind(self, router: Any) -> None:
+        self.router = router
+
+    def observe(self, routing: Any, ctx: RouterContext) -> Tensor:
+        return count_choices(routing.experts_TK, routing.num_experts, ctx.token_mask)[0]
+
+    def update(self, counts_E: Tensor) -> Tensor:
+        return self.rate * (counts_E.double().mean() - counts_E).sign()
+
+    @torch.no_grad()
+    def step(self, observed: Tensor) -> None:
+        bias_E: Tensor = getattr(self.router, BUFFER)
+        bias_E.add_(self.update(observed).to(bias_E))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        pass
+
+
+class _ZeroIsOver(_Rule):
+    """Two cases where there are three: who has the mean is taken for overloaded."""
+
+    def update(self, counts_E: Tensor) -> Tensor:
+        under_E = counts_E < counts_E.double().mean()
+        return torch.where(under_E, self.rate, -self.rate)
+
+
+def _no_counts(subject: ControllerSubject) -> str | None:
+    if not subject.counts_choices:
+        return "it observes no counts of choices"
+    return no_bias(subject)
+
+
+@law(
+    "C8",
+    "balance is rest",
+    formula="all counts equal: the bias stays, to the bit",
+    source="arXiv 2408.15664, algorithm 1: sign(0) = 0",
+    cases=lambda subject: routings(
+        subject.num_experts,
+        subject.top_k,
+        patterns=("rotated",),
+        batches=(1, 2, 3),
+        lengths=(subject.num_experts,),
+    ),
+    broken=lambda: ControllerSubject(_ZeroIsOver()),
+    unless=_no_counts,
+)
+def rest(subject: ControllerSubject, case: Case) -> None:
+    run = subject.run(start=0.5)
+    before, after = run.bias_E, run.step(case).bias_E
+    hold(torch.equal(before, after), "equal counts, and it moves", move=after - before)
+
+
+class _Divides(_Rule):
+    """Shares of what was observed, whatever that was."""
+
+    def update(self, counts_E: Tensor) -> Tensor:
+        shares_E = counts_E / counts_E.sum()
+        return self.rate * (1 / len(shares_E) - shares_E)
+
+
+@law(
+    "C9",
+    "nothing observed, nothing moved",
+    formula="T = 0, or every token masked: the bias stays, to the bit",
+    source="a step of padding alone: a share of no tokens is NaN, and stays in the bias for good",
+    cases=lambda subject: routings(subject.num_experts, subject.top_k, masks=("none",)),
+    broken=lambda: ControllerSubject(_Divides()),
+    unless=_no_counts,
+)
+def nothing(subject: ControllerSubject, case: Case) -> None:
+    run = subject.run(start=0.5)
+    before, after = run.bias_E, run.step(case).bias_E
+    hold(torch.equal(before, after), "no token, and it moves", move=after - before)
+
+
+class _Flipped(_Rule):
+    def update(self, counts_E: Tensor) -> Tensor:
+        return -super().update(counts_E)
+
+
+@law(
+    "C10",
+    "towards balance",
+    formula="c_e > mean: b_e does not rise; c_e < mean: b_e does not fall; in a collapse the "
+    "fullest fall against the emptiest",
+    source="arXiv 2408.15664, algorithm 1, line 6: b_e + u sign(mean c - c_e)",
+    cases=lambda subject: cases(subject, unused=True),
+    broken=lambda: ControllerSubject(_Flipped()),
+    unless=_no_counts,
+)
+def towards_balance(subject: ControllerSubject, case: Case) -> None:
+    run = subject.run()
+    [counts_E] = run.total(case)
+    move_E = run.step(case).bias_E
+    over_E = counts_E * len(counts_E) > counts_E.sum()
+    under_E = counts_E * len(counts_E) < counts_E.sum()
+    hold(not (move_E[over_E] > 0).any(), "an overloaded expert rises", counts=counts_E, move=move_E)
+    hold(not (move_E[under_E] < 0).any(), "a starved expert falls", counts=counts_E, move=move_E)
+    if subject.rate != 0 and subject.top_k < subject.num_experts:
+        worst_E = subject.run().step(subject.skewed(64)).bias_E
+        full, empty = worst_E[: subject.top_k].max(), worst_E[subject.top_k :].min()
+        hold(full < empty, "64 tokens on the first experts, and these do not fall", move=worst_E)
+
+
+class _Proportional(_Rule):
+    """The rate times how many tokens are missing."""
+
+    def update(self, counts_E: Tensor) -> Tensor:
+        return self.rate * (counts_E.double().mean() - counts_E)
+
+
+def _no_rate(subject: ControllerSubject) -> str | None:
+    if subject.rate is None:
+        return "it has no `rate`, a number or a function of the step"
+    return no_bias(subject)
+
+
+@law(
+    "C11",
+    "a step is short",
+    formula="|b' - b| <= rate, and <= 2 rate (1 - 1/E) where centred",
+    source="arXiv 2408.15664, section 3: the sign, not the size, of the error",
+    cases=cases,
+    broken=lambda: ControllerSubject(_Proportional()),
+    unless=_no_rate,
+)
+def short(subject: ControllerSubject, case: Case) -> None:
+    most = subject.rate or 0.0
+    if subject.centred:
+        most *= 2 * (1 - 1 / subject.num_experts)
+    move_E = subject.run().step(case).bias_E
+    rounded = most * (1 + 2 * floor(torch.float32, subject.num_experts))
+    largest = float(move_E.abs().max())
+    hold(largest <= rounded, f"moves by {largest:.6g}, more than {most:.6g}", move=move_E)
+
+
+class _CentresTheCounts(_Rule):
+    """Takes the mean off the counts, which the sign then throws away."""
+
+    centred = True
+
+
+def _not_centred(subject: ControllerSubject) -> str | None:
+    return no_bias(subject) if subject.centred else "it does not say `centred`"
+
+
+@law(
+    "C12",
+    "a centred bias keeps its sum",
+    formula="sum_e b'_e = sum_e b_e within rounding",
+    source="torchtitan models/common/moe.py: the mean of the update is taken off",
+    cases=cases,
+    broken=lambda: ControllerSubject(_CentresTheCounts()),
+    unless=_not_centred,
+)
+def centred_sum(subject: ControllerSubject, case: Case) -> None:
+    move_E = subject.run().step(case).bias_E
+    bound = 2 * floor(torch.float32, len(move_E)) * float(move_E.abs().sum())
+    hold(move_E.sum().abs() <= bound, f"the sum moves by {float(move_E.sum()):.4g}", move=move_E)
+
+
+@law(
+    "C13",
+    "small steps add up in bfloat16",
+    formula="after 64 steps a bf16 bias is the fp32 one rounded, from where a step is 1/16 to 1/8 "
+    "of what bf16 can tell apart",
+    source="0.5 + 1e-3 is 0.5 in bf16; Megatron-LM and NeMo keep the bias in fp32",
+    cases=lambda subject: cases(subject, "absent", lengths=(1, 2, 3)),
+    broken=lambda: ControllerSubject(_Rule()),
+    unless=no_bias,
+)
+def master(subject: ControllerSubject, case: Case) -> None:
+    unit = float(subject.run().step(case).bias_E.abs().max())
+    if unit == 0:
+        return
+    start = 2.0 ** math.ceil(math.log2(1024 * unit))
+    low, high = (subject.run(dtype, start) for dtype in (torch.bfloat16, torch.float32))
+    for _ in range(64):
+        low.step(case)
+        high.step(case)
+    # One unit in the last place, where the master is not fp32 but finer.
+    ulp_E = high.bias_E.abs() * 2.0**-7
+    hold(
+        ((low.bias_E - high.bias_E).abs() <= ulp_E).all(),
+        f"64 steps of {unit:.4g} from {start:g}: the bf16 bias does not follow",
+        bf16=low.bias_E,
+        fp32=high.bias_E,
+    )
+
+
+class _FloatCounts(BiasUpdate):
+    def observe(self, routing: Any, ctx: RouterContext) -> Tensor:
+        return super().observe(routing, ctx).float()
+
+
+def _not_by_sign(subject: ControllerSubject) -> str | None:
+    if not subject.moves_by_sign:
+        return "it does not move by the sign alone"
+    return _no_counts(subject)
+
+
+@law(
+    "C14",
+    "one token in millions",
+    formula="2^25 more choices for every expert change no sign of mean - count",
+    source="fp32 counts whole numbers up to 2^24; a long step on many ranks goes beyond",
+    cases=lambda subject: cases(subject, "absent"),
+    broken=lambda: ControllerSubject(_FloatCounts(1e-3)),
+    unless=_not_by_sign,
+)
+def exact_counts(subject: ControllerSubject, case: Case) -> None:
+    run, plain = subject.run(), subject.run()
+    observed = run.observe(case)
+    run.steered.commit([torch.full_like(value, 2**25) for value in observed])
+    got_E, want_E = run.step(case).bias_E, plain.step(case).bias_E
+    told = "with 2^25 more choices each, the bias moves otherwise"
+    hold(torch.equal(got_E, want_E), told, got=got_E, want=want_E)
+
+
+class _SavesTheBuffer(BiasUpdate):
+    """Saves what the router holds, in the router's dtype."""
+
+    def state_dict(self) -> dict[str, Tensor]:
+        state = super().state_dict()
+        return {**state, "bias": self._buffer().float().clone()}
+
+
+def _resumable(subject: ControllerSubject) -> SearchStrategy[Case]:
+    dtypes = st.sampled_from(["float32", "bfloat16"])
+    drawn = st.tuples(cases(subject), dtypes)
+    return drawn.map(lambda pair: Case(pair[0].tensors, {**pair[0].settings, "dtype": pair[1]}))
+
+
+@law(
+    "C15",
+    "a resumed run is the same run",
+    formula="steps, save, load into a fresh copy, steps = all the steps, to the bit",
+    source="a bf16 bias holds 8 bits of the master's 24, and a schedule counts its steps",
+    cases=_resumable,
+    broken=lambda: ControllerSubject(_SavesTheBuffer(1e-3)),
+)
+def resumes(subject: ControllerSubject, case: Case) -> None:
+    dtype = getattr(torch, str(case.settings["dtype"]))
+    run, resumed = subject.run(dtype, 0.5), subject.run(dtype)
+    steps = [*micro_batches(case), case, case]
+    for step in steps:
+        run.step(step)
+    resumed.router.load_state_dict(copy.deepcopy(run.router.state_dict()))
+    resumed.steered.controller.load_state_dict(copy.deepcopy(run.steered.controller.state_dict()))
+    for step in steps:
+        run.step(step)
+        resumed.step(step)
+    subject.hold_same(resumed.state(), run.state(), f"resumed after {len(steps)} steps", exact=True)
+
+
+class _CopiesShare(BiasUpdate):
+    def __deepcopy__(self, memo: dict[int, Any]) -> _CopiesShare:
+        return copy.copy(self)
+
+
+@law(
+    "C16",
+    "a copied model moves its own router",
+    formula="a step of the deep copy moves the copy as the original would move, and not the "
+    "original",
+    source="two controllers on one bias: averaged models and references are deep copies",
+    cases=cases,
+    broken=lambda: ControllerSubject(_CopiesShare(1e-3)),
+)
+def copies(subject: ControllerSubject, case: Case) -> None:
+    first = subject.run().step(case)
+    before, twin = first.state(), copy.deepcopy(first)
+    twin.step(subject.skewed(2))
+    subject.hold_same(first.state(), before, "the original, after a step of its copy", exact=True)
+    first.step(subject.skewed(2))
+    subject.hold_same(twin.state(), first.state(), "the copy against the original", exact=True)
+
+
+class _Dithers(_Rule):
+    """Breaks ties between counts at random."""
+
+    def update(self, counts_E: Tensor) -> Tensor:
+        return super().update(counts_E + 0.5 * torch.rand(counts_E.shape))
+
+
+@law(
+    "C17",
+    "the same counts, the same move",
+    formula="two copies that observe the same are the same, to the bit",
+    source="every rank steps its own copy on reduced counts: what differs stays different",
+    cases=cases,
+    broken=lambda: ControllerSubject(_Dithers()),
+)
+def repeatable(subject: ControllerSubject, case: Case) -> None:
+    first, second = (subject.run().step(case).step(case) for _ in range(2))
+    subject.hold_same(first.state(), second.state(), "two copies", exact=True)
+
+
+class _ClearsTheCounts(BiasUpdate):
+    def step(self, observed: Tensor) -> None:
+        super().step(observed)
+        observed.zero_()
+
+
+@law(
+    "C18",
+    "the bias alone moves",
+    formula="routing, context, what was observed, and all of the router but its bias stay, to the "
+    "bit; the bias keeps its place and dtype",
+    source="a parameter that a controller moves, the optimizer moves too",
+    cases=lambda subject: cases(subject, unused=True),
+    broken=lambda: ControllerSubject(_ClearsTheCounts(1e-3)),
+    unless=no_bias,
+)
+def leaves_alone(subject: ControllerSubject, case: Case) -> None:
+    run = subject.run()
+    bias_E, before = getattr(run.router, BUFFER), run.state()
+    copies = Case({name: tensor.clone() for name, tensor in case.tensors.items()}, case.settings)
+    run.steered.commit(run.steered.observe(routing_of(copies), context_of(copies)))
+    observed = run.steered.take() or []
+    kept = [tensor.clone() for tensor in observed]
+    run.steered.step(observed)
+    for name, tensor in case.tensors.items():
+        hold(torch.equal(copies[name], tensor), f"{name} was changed in place")
+    for now, then in zip(observed, kept, strict=True):
+        hold(torch.equal(now, then), "what was observed was changed in place", now=now)
+    after = run.state()
+    for name in before:
+        if name.startswith("router.") and name != f"router.{BUFFER}":
+            hold(torch.equal(before[name], after[name]), f"{name} moves", now=after[name])
+    now_E = getattr(run.router, BUFFER)
+    hold(now_E is bias_E, f"{BUFFER} was replaced: whoever shares it does not see the move")
+
+
+class _Hopes(_Rule):
+    """A router without a bias is passed over."""
+
+    def step(self, observed: Tensor) -> None:
+        if hasattr(getattr(self, "router", None), BUFFER):
+            super().step(observed)
+
+
+@law(
+    "C19",
+    "bound to nothing, it says so",
+    formula="bind to a router that it cannot move, or step unbound: an error",
+    source="a controller that moves nothing looks like one that works, for thousands of steps",
+    cases=lambda subject: cases(subject, "absent", lengths=(1, 2)),
+    broken=lambda: ControllerSubject(_Hopes()),
+    unless=lambda subject: (
+        None if hasattr(subject.controller, "bind") else "it has no `bind`: it moves no router"
+    ),
+)
+def unbound(subject: ControllerSubject, case: Case) -> None:
+    observed = subject.run().total(case)
+    given: Any = observed[0] if len(observed) == 1 else tuple(observed)
+    for what, move in (
+        ("unbound", lambda: copy.deepcopy(subject.controller).step(given)),
+        (
+            "on a router without parameters or buffers",
+            lambda: Steered(subject.controller, nn.Identity(), "C19").step(observed),
+        ),
+    ):
+        try:
+            move()
+        except Exception:
+            continue
+        hold(False, f"steps {what} without an error")
+
+
+LAWS: tuple[Law[ControllerSubject], ...] = (
+    rest,
+    nothing,
+    towards_balance,
+    short,
+    centred_sum,
+    master,
+    exact_counts,
+    resumes,
+    copies,
+    repeatable,
+    leaves_alone,
+    unbound,
+)

@@ -18,6 +18,7 @@ __all__ = [
     "Routing",
     "SoftChoice",
     "TokenChoice",
+    "compare",
     "controllers",
     "dispatch",
     "losses",
@@ -27,6 +28,7 @@ __all__ = [
     "replace_moe",
     "replay",
     "routers",
+    "trace",
 ]
 
 _ROOMS = {"controllers", "dispatch", "losses", "metrics", "routers"}
@@ -44,10 +46,12 @@ _MODULE_OF = {
     "Routing": "moetk.routing",
     "SoftChoice": "moetk.routing",
     "TokenChoice": "moetk.routing",
+    "compare": "moetk.equivalence.compare",
     "record": "moetk.layers.recording",
     "register": "moetk.layers.register",
     "replace_moe": "moetk.layers.replace",
     "replay": "moetk.layers.recording",
+    "trace": "moetk.equivalence.tracing",
 }
 
 if TYPE_CHECKING:  # what editors and mypy read; a test holds it equal to the tables
@@ -55,6 +59,8 @@ if TYPE_CHECKING:  # what editors and mypy read; a test holds it equal to the ta
     from moetk import parallel as parallel
     from moetk.auto import AutoModelForCausalLM
     from moetk.context import RouterContext
+    from moetk.equivalence.compare import compare
+    from moetk.equivalence.tracing import trace
     from moetk.errors import MoetkError
     from moetk.experts import ExpertBank
     from moetk.layers.find import BlockSpec

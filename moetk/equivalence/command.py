@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -83,9 +83,9 @@ def compare_sources(
     kinds = [_is_model(part) for part in (part_a, part_b)]
     if all(kinds):
         vocabularies = [part.config.get_text_config().vocab_size for part in (part_a, part_b)]
-        return compare_models(
-            part_a, part_b, inputs.ids(min(vocabularies)), seed=inputs.seed, progress=progress
-        )
+        ids = inputs.ids(min(vocabularies))
+        report = compare_models(part_a, part_b, ids, seed=inputs.seed, progress=progress)
+        return replace(report, a=a.name, b=b.name)  # two checkpoints are of one class as a rule
     if any(kinds):
         words = ["a model" if kind else "no model" for kind in kinds]
         raise ConfigError(

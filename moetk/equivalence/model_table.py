@@ -6,7 +6,7 @@ import textwrap
 
 from moetk.equivalence.compare import PARITY
 from moetk.equivalence.model_report import LayerReport, ModelReport, TensorApart
-from moetk.equivalence.table import WIDTH, aligned, fact, number, ratio
+from moetk.equivalence.table import WIDTH, aligned, fact, facts, number, ratio
 
 HEAD = ("layer", "before", "worst local", "flipped", "ties", "entering", "leaving", "verdict")
 LEGEND = (
@@ -27,17 +27,18 @@ def table(report: ModelReport) -> str:
 
 def explain(report: ModelReport) -> str:
     """Where the two first differ, why, and what to look at."""
-    facts = [fact("compared", f"{report.b} against {report.a}"), tensors_line(report)]
+    lines = [fact("compared", f"{report.b} against {report.a}"), tensors_line(report)]
     first = report.first
     if report.ok:
-        return "\n".join([*facts, fact("verdict", "no layer differs, and nothing between them")])
+        return "\n".join([*lines, fact("verdict", "no layer differs, and nothing between them")])
     if first is None:
         where = "between the last mixture-of-experts layer and the logits"
-        return "\n".join([*facts, fact("first", f"{where}: {number(report.after)} apart in fp64")])
+        return "\n".join([*lines, fact("first", f"{where}: {number(report.after)} apart in fp64")])
     if first.before > PARITY:
         where = f"before {first.name}, outside of the mixture-of-experts layers"
-        return "\n".join([*facts, fact("first", f"{where}: {number(first.before)} apart in fp64")])
-    return "\n".join([*facts, fact("first", first.name), first.report.explain()])
+        return "\n".join([*lines, fact("first", f"{where}: {number(first.before)} apart in fp64")])
+    of_first = [fact(name, text) for name, text in facts(first.report)]
+    return "\n".join([*lines, fact("layer", first.name), *of_first])
 
 
 def tensors_line(report: ModelReport) -> str:
@@ -79,5 +80,5 @@ def layer_verdict(layer: LayerReport) -> str:
     """ "ok", or at which stage it differs and why."""
     words = ["before it"] if layer.before > PARITY else []
     if layer.report.first is not None:
-        words.append(f"{layer.report.first.stage}: {layer.report.cause}")
-    return f"differs {' and at '.join(words)}" if words else "ok"
+        words.append(f"at {layer.report.first.stage}: {layer.report.cause}")
+    return f"differs {' and '.join(words)}" if words else "ok"

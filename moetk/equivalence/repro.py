@@ -16,7 +16,7 @@ from moetk.equivalence.fewest import narrowed
 from moetk.equivalence.report import Report
 from moetk.equivalence.sides.pick import side_of
 from moetk.equivalence.source import Source, source_of
-from moetk.equivalence.trace import EXACT, GIVEN, observe
+from moetk.equivalence.trace import EXACT, GIVEN, ROOTS, STAGES, Trace, cotangent, observe
 from moetk.errors import ConfigError, EquivalenceError
 from moetk.io import write_folder
 
@@ -62,7 +62,11 @@ T = load_file(Path(__file__).with_name("{tensors}"))
 
 
 def {name}():
-    """{stage}, {shape}. In place of the stored value, return what your code computes{inputs}."""
+    """{stage}, {shape}. In place of the stored value, return what your code
+    computes{precision} from
+
+        {inputs}
+    """
     return T["b"]
 
 
@@ -127,22 +131,31 @@ def _of_parts(report: Report, a: Source, b: Source, tensors: dict[str, Tensor]) 
 def _of_values(report: Report, tensors: dict[str, Tensor]) -> str:
     evidence = report.evidence
     assert evidence is not None
-    given = {name: evidence.a.values[name] for name in GIVEN if name in evidence.a.values}
-    given.pop(evidence.stage, None)
+    given = {name: evidence.a.values[name] for name in _before(evidence.stage, evidence.a)}
+    if evidence.stage.startswith("grad "):
+        root = next(name for name in ROOTS if name in evidence.a.values)
+        given[f"grad {root}"] = cotangent(evidence.a.values[root], report.question.seed)
     tensors |= {f"given.{name}": value for name, value in given.items()}
     tensors |= {"a": evidence.wanted, "b": evidence.found, "expected": expected(report)}
-    words = ['x, T["x"]', *(f'{name}, T["given.{name}"]' for name in given)]
+    words = ['x: T["x"]', *(f'{name}: T["given.{name}"]' for name in given)]
     exact = evidence.stage in EXACT
-    precision = "" if exact or evidence.found.dtype != torch.float64 else " in float64"
+    precision = "" if exact or evidence.found.dtype != torch.float64 else ", in float64,"
     return VALUES.format(
         **_story(report),
         stage=evidence.stage,
         shape=tuple(evidence.found.shape),
-        inputs=f"{precision} from {'; '.join(words)}",
+        precision=precision,
+        inputs="\n        ".join(words),
         order=".sort(-1).values" if evidence.stage == "indices" else "",
         tolerance=0.0 if exact else f"{evidence.tolerance:.3g}",
         tensors=TENSORS,
     )
+
+
+def _before(stage: str, a: Trace) -> list[str]:
+    """The given stages that this one is computed from."""
+    place = STAGES.index(stage) if stage in STAGES else len(STAGES)
+    return [name for name in GIVEN if name in a.values and STAGES.index(name) < place]
 
 
 def expected(report: Report) -> Tensor:
@@ -192,7 +205,7 @@ def _as_code(value: Any, name: str, tensors: dict[str, Tensor]) -> str:
         inner = ", ".join(
             f"{key}={_as_code(one, f'{name}.{key}', tensors)}"
             for key, one in given.items()
-            if one is not None and one != {}
+            if isinstance(one, Tensor) or one  # all else has a default that is empty
         )
         return f"moetk.{type(value).__name__}({inner})"
     if isinstance(value, Mapping):

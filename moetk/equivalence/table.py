@@ -62,18 +62,23 @@ def table(report: Report) -> str:
 
 def explain(report: Report) -> str:
     """How the two chose, where they first differ, why, and what to look at."""
-    facts = [("compared", f"{report.b} against {report.a}")]
+    lines = [("compared", f"{report.b} against {report.a}"), *facts(report)]
+    return "\n".join(fact(name, text) for name, text in lines)
+
+
+def facts(report: Report) -> list[tuple[str, str]]:
+    """The explanation's lines, each under its name."""
+    found = []
     if report.choices is not None:
-        facts.append(("choices", choices_line(report)))
+        found.append(("choices", choices_line(report)))
     first = report.first
     if first is None:
-        facts.append(("verdict", "no stage differs"))
+        found.append(("verdict", "no stage differs"))
     else:
-        facts.append(("first", f"{first.stage}: {first.why}"))
-        facts.append(("cause", report.cause))
-        facts += [("fix", one.fix) for one in report.causes]
-    facts += [("note", note) for note in report.notes]
-    return "\n".join(fact(name, text) for name, text in facts)
+        found.append(("first", f"{first.stage}: {first.why}"))
+        found.append(("cause", report.cause))
+        found += [("fix", one.fix) for one in report.causes]
+    return found + [("note", note) for note in report.notes]
 
 
 def choices_line(report: Report) -> str:

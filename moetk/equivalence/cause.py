@@ -82,9 +82,13 @@ def _identical(value: Tensor, other: Tensor, evidence: Evidence) -> bool:
     return bool((value == other).all())
 
 
-def deviation(value: Tensor, truth: Tensor) -> float:
+def deviation(value: Tensor, truth: Tensor, scale: float = 0.0) -> float:
     """Relative error over the entries that are finite in both; inf where one of them is not
-    finite and the other is another number."""
+    finite and the other is another number.
+
+    scale: the norm that the truth has where its terms do not cancel; the error is relative to the
+    larger of the two.
+    """
     value, truth = value.detach().double(), truth.detach().double()
     if value.shape != truth.shape:
         return float("inf")
@@ -92,7 +96,10 @@ def deviation(value: Tensor, truth: Tensor) -> float:
     agree = (value == truth) | (value.isnan() & truth.isnan())
     if not bool((finite | agree).all()):
         return float("inf")
-    return relative_error(value.masked_fill(~finite, 0), truth.masked_fill(~finite, 0))
+    value, truth = value.masked_fill(~finite, 0), truth.masked_fill(~finite, 0)
+    if float(truth.norm()) < scale:
+        return float((value - truth).norm()) / scale
+    return relative_error(value, truth)
 
 
 @dataclass(frozen=True)

@@ -315,7 +315,8 @@ def _measured(
 ) -> tuple[float | None, Verdict | None, Verdict | None, str]:
     error: float | None = None
     if function is not None and (function.local or _same_ids(function) or _before_choice(stage)):
-        error = deviation(read(function.b, stage), read(function.a, stage))
+        scale = _scale(stage, function.a)
+        error = deviation(read(function.b, stage), read(function.a, stage), scale)
     local = accumulated = None
     if dtypes.local:
         local = _verdict(stage, dtypes.b, dtypes.a, dtypes.truth, dtypes.truth, dtypes)
@@ -344,23 +345,46 @@ def _verdict(
         ours, plain = read(b, stage), read(a, stage)
     except KeyError:
         return None
-    base = _floor(stage, plain, one)
+    base = _floor(stage, plain, a, one)
     if truth_a is None or truth_b is None:
         return Verdict(stage, deviation(ours, plain), 0.0, 2 * base)
     try:
         exact_b, exact_a = read(truth_b, stage), read(truth_a, stage)
     except KeyError:
         return Verdict(stage, deviation(ours, plain), 0.0, 2 * base)
-    return Verdict(stage, deviation(ours, exact_b), deviation(plain, exact_a), base)
+    scale = _scale(stage, a)
+    return Verdict(stage, deviation(ours, exact_b, scale), deviation(plain, exact_a, scale), base)
 
 
-def _floor(stage: str, plain: Tensor, one: _Pass) -> float:
-    """What rounding alone excuses: of the sums, and of the values to the reference's dtype."""
+def _scale(stage: str, a: Trace) -> float:
+    """The size that a gradient of the router has before its terms cancel. With K = 1 and weights
+    that sum to one they all do: what is left is rounding, and relative to itself it says nothing.
+    """
+    if stage not in ("grad logits", "grad router.weight", "grad router.bias"):
+        return 0.0
+    arriving = a.grads.get("weights")
+    size = 0.0 if arriving is None else float(arriving.double().norm())
+    if stage == "grad router.weight" and "logits" in a.grads:
+        # d weight = d logits' x: as much larger as a token is long.
+        own, of_logits = (float(a.grads[n].double().norm()) for n in ("router.weight", "logits"))
+        return size * own / of_logits if of_logits else size
+    return size
+
+
+def _floor(stage: str, plain: Tensor, a: Trace, one: _Pass) -> float:
+    """What rounding alone excuses: of the sums, and of the values to the narrowest dtype that the
+    reference itself rounds to on the way here."""
     if not plain.is_floating_point():
         return 0.0
     steps = ROUNDINGS.get(stage, 6 + one.num_choices)
-    unit = torch.finfo(plain.dtype).eps / 2
-    return max(floor(plain.dtype, one.reduction), unit * math.sqrt(steps))
+    router = stage.startswith("grad router.") or stage == "grad logits"
+    end = STAGES.index("counts") if router else len(STAGES)
+    end = end if stage.startswith("grad ") else STAGES.index(stage) + 1
+    way = [a.values[name] for name in STAGES[:end] if name in a.values]
+    dtypes = [value.dtype for value in (*way, plain) if value.is_floating_point()]
+    coarsest = max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
+    unit = torch.finfo(coarsest).eps / 2
+    return max(floor(coarsest, one.reduction), unit * math.sqrt(steps))
 
 
 def _distance(a: Tensor, b: Tensor) -> tuple[float, float, tuple[int, ...] | None, float | None]:

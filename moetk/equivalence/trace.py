@@ -38,6 +38,7 @@ STAGES = (
 )
 EXACT = frozenset({"indices", "counts", "dispatched"})  # whole numbers: equal or not
 GIVEN = ("indices", "weights")  # what teacher forcing hands over
+MASKED = -1e9
 ROOTS = ("output", "combined", "weights")  # where the gradient enters: the first that there is
 
 
@@ -152,6 +153,8 @@ def observe(
             grads["losses"] = torch.zeros_like(wanted) if gradient is None else gradient
     grads |= {name.removeprefix("grad "): _whole(gradient) for name, gradient in told.items()}
     values = {name: _whole(stage).detach() for name, stage in stages.items()}
+    if "choice" in values:  # a masked expert is out of reach, however low the number that says so
+        values["choice"] = values["choice"].masked_fill(values["choice"] <= MASKED, -torch.inf)
     return Trace(values, {name: gradient.detach() for name, gradient in grads.items()})
 
 

@@ -99,6 +99,7 @@ class Einsum(nn.Module):
     def __init__(self, bank: ExpertBank) -> None:
         super().__init__()
         self.gate_up_proj, self.down_proj = bank.gate_up_proj, bank.down_proj
+        self.gate_up_proj_bias, self.down_proj_bias = bank.gate_up_proj_bias, bank.down_proj_bias
         self.spec, self.num_experts = bank.spec, bank.num_experts
 
     def forward(self, x_TH: Tensor, routing: TokenChoice) -> Tensor:
@@ -110,7 +111,11 @@ class Einsum(nn.Module):
             used_TK = used_TK & routing.kept_TK
         weight_TE = (mask_TKE * (routing.weights_TK * used_TK)[..., None]).sum(1)
         hidden_TEJ = torch.einsum("th,ejh->tej", x_TH, self.gate_up_proj)
+        if self.gate_up_proj_bias is not None:
+            hidden_TEJ = hidden_TEJ + self.gate_up_proj_bias
         y_TEH = torch.einsum("tei,ehi->teh", self.spec.activate(hidden_TEJ), self.down_proj)
+        if self.down_proj_bias is not None:
+            y_TEH = y_TEH + self.down_proj_bias
         return (y_TEH * weight_TE[..., None]).sum(1).to(x_TH.dtype)
 
 
@@ -146,12 +151,12 @@ class V3FromExp(DeepSeekV3Router):
         grouped_TGM = biased_TE.unflatten(-1, (self.groups, size))
         best_TG = grouped_TGM.topk(min(2, size), -1).values.sum(-1)
         keep_TG = torch.zeros_like(best_TG, dtype=torch.bool)
-        order_TG = best_TG.argsort(-1, descending=True, stable=True)
+        order_TG = best_TG.argsort(dim=-1, descending=True, stable=True)
         keep_TG.scatter_(1, order_TG[:, : self.top_groups], True)
         # A large negative number instead of -inf, as some implementations mask.
         choice_TE = grouped_TGM.masked_fill(~keep_TG[..., None], -1e30).flatten(1)
         experts_TK = ctx.replayed(
-            choice_TE.sort(-1, descending=True, stable=True).indices[:, : self.top_k]
+            choice_TE.sort(dim=-1, descending=True, stable=True).indices[:, : self.top_k]
         )
         weights_TK = gather(scores_TE, experts_TK)
         if self.renormalise:
@@ -223,6 +228,11 @@ def _with_experts(layer: MoELayer, change: Callable[[ExpertBank], nn.Module]) ->
     return other
 
 
+def _grouped(bank: ExpertBank) -> ExpertBank:
+    bank.backend = "grouped"
+    return bank
+
+
 def _backend(seed: int, rng: random.Random) -> Pair:
     layer, x, _, ties = _parts(seed, rng)
     other = copy.deepcopy(layer)
@@ -261,23 +271,21 @@ def _layout(seed: int, rng: random.Random) -> Pair:
     other = _with_experts(
         layer, lambda bank: relaid(bank, transposed=transposed, interleaved=interleaved)
     )
-    if rng.random() < 0.5:
-        other.experts.backend = "grouped"
+    other.experts.backend = "grouped"
     return Pair(seed, "layout", layer, other, x, None, ties)
 
 
 def _chunking(seed: int, rng: random.Random) -> Pair:
     layer, x, _, ties = _parts(seed, rng)
-    layer.experts.backend = rng.choice(["reference", "grouped"])
-    other = _with_experts(layer, lambda bank: Chunked(bank, rng.choice([2, 3, 24])))
+    base = rng.choice([Einsum, Einsum, Einsum, _grouped])
+    other = _with_experts(layer, lambda bank: Chunked(base(bank), rng.choice([2, 3, 24])))
     return Pair(seed, "chunking", layer, other, x, None, ties)
 
 
 def _token_order(seed: int, rng: random.Random) -> Pair:
     layer, x, _, ties = _parts(seed, rng)
-    layer.experts.backend = rng.choice(["reference", "grouped"])
-    slots = rng.random() < 0.5
-    other = _with_experts(layer, lambda bank: Shuffled(bank, seed, slots))
+    base, slots = rng.choice([Einsum, Einsum, Einsum, _grouped]), rng.random() < 0.5
+    other = _with_experts(layer, lambda bank: Shuffled(base(bank), seed, slots))
     return Pair(seed, "token order", layer, other, x, None, ties)
 
 

@@ -98,7 +98,7 @@ def bank_under_test(
     take float64 rows. float64=False: float32 instead, where the bank has no float64.
 
     Sizes are read from bank.spec, or from bank.hidden_size and bank.num_experts. Raises
-    RouterConfigError where they are neither there nor given.
+    RouterConfigError where they are neither there nor given, or where the bank cannot run at all.
     """
     spec = getattr(bank, "spec", None)
     spec = spec if isinstance(spec, BankSpec) else None
@@ -114,7 +114,24 @@ def bank_under_test(
     scale = spec.scale if spec else getattr(bank, "scale", "output")
     dtype = torch.float64 if float64 else torch.float32
     subject = BankUnderTest(bank, hidden_size, num_experts, dtype, spec, scale)
-    return in_dtype(subject, dtype)
+    subject = in_dtype(subject, dtype)
+    _try_once(subject)
+    return subject
+
+
+def _try_once(subject: BankUnderTest) -> None:
+    """Raise at once, instead of from every law, where the plainest call does not run."""
+    x_TH = torch.ones(1, subject.hidden_size, dtype=subject.dtype)
+    first_T1 = torch.zeros(1, 1, dtype=torch.int64)
+    try:
+        subject(x_TH, TokenChoice(first_T1, x_TH.new_ones(1, 1), subject.num_experts))
+    except Exception as error:
+        raise RouterConfigError(
+            f"{name_of(subject.bank)} does not run on one {subject.dtype} row of "
+            f"H={subject.hidden_size}, sent to expert 0 of {subject.num_experts}: "
+            f"{type(error).__name__}: {error}. Check hidden_size and num_experts; where the bank "
+            "has no float64, pass float64=False."
+        ) from error
 
 
 def in_dtype(subject: BankUnderTest, dtype: torch.dtype) -> BankUnderTest:

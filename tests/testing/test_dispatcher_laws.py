@@ -1,0 +1,107 @@
+"""Right dispatchers keep the laws, and each law is broken by a part that has its bug."""
+
+from __future__ import annotations
+
+import pytest
+from torch import Tensor
+
+from moetk.context import RouterContext
+from moetk.dispatch import Capacity, Local, by_weight
+from moetk.errors import LawBrokenError, RouterConfigError
+from moetk.routing import Routing
+from moetk.testing.check_dispatchers import DISPATCHER_LAWS, check_dispatcher
+from moetk.testing.law import judge_law
+from moetk.testing.laws.dispatchers import PerChoice
+from moetk.testing.laws.dispatchers_queue import Queue
+
+CAPACITY = {"D13", "D14", "D15", "D16", "D17", "D18"}
+
+
+@pytest.mark.parametrize(
+    "dispatcher, silent",
+    [
+        (Local(), CAPACITY),
+        (Local(Capacity(1.0)), set()),
+        (Local(Capacity(0.7, by_weight)), set()),
+        (PerChoice(), CAPACITY),
+    ],
+    ids=["local", "first_come", "by_weight", "a_row_a_choice"],
+)
+def test_right_dispatchers_keep_every_law(dispatcher: object, silent: set[str]) -> None:
+    report = check_dispatcher(dispatcher, examples=12)
+    assert {one.law.number for one in report.having("not applicable")} == silent
+    assert {one.law.number for one in report.having("kept")} == set(REASONS) - silent
+
+
+def test_a_users_capacity_is_checked_where_it_can_be_set() -> None:
+    def at(factor: float) -> Local:
+        return Local(Queue(factor))
+
+    unsaid = check_dispatcher(at(1.0), examples=6)
+    assert {one.law.number for one in unsaid.having("not applicable")} == CAPACITY
+    said = check_dispatcher(at(1.0), with_capacity=at, examples=6)
+    (silent,) = said.having("not applicable")
+    assert silent.law.number == "D18" and "whom it serves first" in silent.reason
+
+
+@pytest.mark.parametrize("sizes", [{"num_experts": 1}, {"num_experts": 9, "hidden_size": 1}])
+def test_other_sizes(sizes: dict[str, int]) -> None:
+    assert check_dispatcher(Local(Capacity(1.0)), examples=6, **sizes).ok
+
+
+REASONS = {
+    "D1": "choices arrived at the experts, told as kept were",
+    "D2": "pairs that arrived are not those that were kept",
+    "D3": "y of identity experts differs",
+    "D4": "dL/dw differs",
+    "D5": "<x, combine(y)> against <dispatch(x), y> differs",
+    "D6": "y with tokens in another order differs",
+    "D7": "max()",
+    "D8": "kept_TK differs between two runs",
+    "D9": "combine 1 of 2 returned another result than alone",
+    "D10": "the dispatcher changed weights_TK",
+    "D11": "a row arrived that no token sent",
+    "D12": "y of identity experts differs",
+    "D13": "choices a sequence and have",
+    "D14": "wanted and have 1 places",
+    "D15": "factor 0.9 serves",
+    "D16": "choices are dropped, or padding kept",
+    "D17": "are kept where an earlier column was turned away",
+    "D18": "one before it was not",
+    "D19": "a dropped choice carries weight",
+    "D20": "padding changes which choices of other tokens are kept",
+    "D21": "a choice is kept that the router dropped",
+    "D22": "a sequence keeps other choices in a batch than alone",
+    "D23": "other choices are kept when experts are renamed",
+}
+
+
+@pytest.mark.parametrize("law", DISPATCHER_LAWS, ids=lambda law: law.number)
+def test_each_law_is_broken_by_its_broken_part(law: object) -> None:
+    outcome = judge_law(law, law.broken(), examples=50)
+    assert outcome.status == "broken"
+    assert REASONS[law.number] in outcome.reason
+    assert outcome.case is not None and law.formula and law.source
+
+
+def test_numbers_name_one_law_each() -> None:
+    numbers = [law.number for law in DISPATCHER_LAWS]
+    assert len(numbers) == len(set(numbers)) and set(numbers) == set(REASONS)
+
+
+def test_a_broken_dispatcher_raises_with_the_law_and_its_case() -> None:
+    class Negates(Local):
+        def dispatch(
+            self, x_TH: Tensor, routing: Routing, ctx: RouterContext | None = None
+        ) -> tuple[Tensor, Routing, None]:
+            return -x_TH, routing, None
+
+    with pytest.raises(LawBrokenError, match="Negates breaks") as caught:
+        check_dispatcher(Negates(), examples=5)
+    broken = {one.law.number for one in caught.value.report.having("broken")}
+    assert {"D3", "D4", "D5", "D11"} <= broken and "D1" not in broken
+
+
+def test_sizes_are_whole_numbers() -> None:
+    with pytest.raises(RouterConfigError, match="check_dispatcher: num_experts=0"):
+        check_dispatcher(Local(), num_experts=0)

@@ -43,7 +43,7 @@ NUMBERS = {law.number for law in LAWS}
 
 @pytest.mark.parametrize("name", OWN)
 def test_moetks_own_controllers_keep_every_law(name):
-    report = check_controller(OWN[name], examples=20)
+    report = check_controller(OWN[name], examples=10)
     silent = set() if name == "centred" else {"C12"}
     assert {outcome.law.number for outcome in report.having("kept")} == NUMBERS - silent
     assert all(outcome.reason for outcome in report.having("not applicable"))
@@ -52,7 +52,7 @@ def test_moetks_own_controllers_keep_every_law(name):
 @pytest.mark.parametrize(("num_experts", "top_k"), [(1, 1), (3, 3), (5, 1), (16, 6)])
 def test_they_keep_them_at_other_sizes(num_experts, top_k):
     for controller in OWN.values():
-        check_controller(controller, num_experts=num_experts, top_k=top_k, examples=3)
+        check_controller(controller, num_experts=num_experts, top_k=top_k, examples=2)
 
 
 @pytest.mark.parametrize("law", LAWS, ids=lambda law: law.number)
@@ -148,14 +148,14 @@ class Sparsity:
     ids=lambda value: type(value).__name__,
 )
 def test_right_controllers_of_other_kinds_are_not_blamed(controller, silent):
-    report = check_controller(controller, examples=20)
+    report = check_controller(controller, examples=8)
     assert {outcome.law.number for outcome in report.having("kept")} == NUMBERS - silent
 
 
 def test_a_controller_that_moves_no_router_is_not_asked_about_one():
     # Padding counts as tokens in its second number, so C3 speaks.
     with pytest.raises(LawBrokenError, match=r"breaks 1 of 19 laws:\n  C3 padding") as caught:
-        check_controller(Sparsity(), examples=20)
+        check_controller(Sparsity(), examples=8)
     kept = {outcome.law.number for outcome in caught.value.report.having("kept")}
     assert kept == {"C1", "C2", "C7", "C15", "C16", "C17"}
 

@@ -76,7 +76,7 @@ def test_moetks_own_losses_keep_every_law_that_speaks_about_them(name):
     loss, like, scope = OWN[name]
     subject = LossSubject(loss)
     assert (subject.like, subject.scope) == (like, scope)
-    report = check_loss(loss, examples=15)
+    report = check_loss(loss, examples=10)
     kept = {outcome.law.number for outcome in report.having("kept")}
     always = {f"L{number}" for number in range(1, 17)}
     by_form = {
@@ -128,7 +128,7 @@ def token_entropy(routing, ctx):
 
 def test_a_right_loss_of_an_unknown_form_is_not_blamed():
     """A plain function, without anything said of itself."""
-    report = check_loss(token_entropy, examples=20)
+    report = check_loss(token_entropy, examples=10)
     assert report.what == "token_entropy" and report.ok
     assert LossSubject(token_entropy).like is None
     reasons = {outcome.law.number: outcome.reason for outcome in report.having("not applicable")}
@@ -140,7 +140,7 @@ def test_a_right_loss_of_an_unknown_form_is_not_blamed():
 
 def test_what_a_loss_says_of_itself_is_believed_and_checked():
     said = Written(token_entropy, scope="token", ordered=True, experts_differ=True)
-    kept = {outcome.law.number for outcome in check_loss(said, examples=20).having("kept")}
+    kept = {outcome.law.number for outcome in check_loss(said, examples=10).having("kept")}
     assert "L17" in kept and not kept & {"L10", "L11", "L12"}
     with pytest.raises(LawBrokenError, match=r"(?s)breaks 5 of 32.*L22 .*L23 ") as caught:
         check_loss(Written(token_entropy), like="switch", examples=5)
@@ -153,7 +153,7 @@ def test_a_short_loss_is_told_by_the_smallest_case():
         return LoadBalancingLoss(0.01)(routing, RouterContext())
 
     with pytest.raises(LawBrokenError, match=r"breaks [234] of 32 laws") as caught:
-        check_loss(switch_without_mask, examples=20)
+        check_loss(switch_without_mask, examples=10)
     broken = {outcome.law.number for outcome in caught.value.report.having("broken")}
     assert {"L13", "L14", "L16"} <= broken <= {"L13", "L14", "L15", "L16"}
 

@@ -154,12 +154,12 @@ def compare_choices(
     truth_TE, other_TK = truth_TE.detach().double(), other_TK.to(ours_TK.device)
     same_T = (ours_TK == other_TK).all(-1)
     sets_T = (ours_TK.sort(-1).values == other_TK.sort(-1).values).all(-1)
-    mask_ours = torch.zeros_like(truth_TE).scatter_(1, ours_TK.clamp(min=0), 1).bool()
-    mask_other = torch.zeros_like(truth_TE).scatter_(1, other_TK.clamp(min=0), 1).bool()
-    swapped_TE = mask_ours ^ mask_other
+    # How much more often each expert is named: one that stands twice in a row counts twice.
+    surplus_TE = _times_named(ours_TK, truth_TE) - _times_named(other_TK, truth_TE)
+    swapped_TE = surplus_TE != 0
     low_T = truth_TE.masked_fill(~swapped_TE, math.inf).amin(-1)
     high_T = truth_TE.masked_fill(~swapped_TE, -math.inf).amax(-1)
-    tied_T = ~sets_T & ((high_T - low_T) <= 2 * error)
+    tied_T = ~sets_T & (surplus_TE.sum(-1) == 0) & ((high_T - low_T) <= 2 * error)
 
     border, num_choices = 0, ours_TK.shape[1]
     if num_choices < scores_TE.shape[1]:
@@ -167,6 +167,12 @@ def compare_choices(
         border = int((best[:, -1] == best[:, -2]).sum())
     same, equal_sets, tied = int(same_T.sum()), int(sets_T.sum()), int(tied_T.sum())
     return Choices(same, equal_sets - same, tied, len(ours_TK) - equal_sets - tied, border)
+
+
+def _times_named(experts_TK: Tensor, like_TE: Tensor) -> Tensor:
+    """(T, E): how often each token names each expert."""
+    named_TK = (experts_TK >= 0).to(like_TE.dtype)
+    return torch.zeros_like(like_TE).scatter_add(1, experts_TK.clamp(min=0), named_TK)
 
 
 def largest_error(value: Tensor, truth: Tensor) -> float:

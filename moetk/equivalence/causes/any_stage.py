@@ -8,7 +8,12 @@ import torch
 from torch import Tensor
 
 from moetk.equivalence.cause import Cause, Evidence, cause
-from moetk.equivalence.causes.values import is_rounding, nearest_multiple, rearranged
+from moetk.equivalence.causes.values import (
+    is_rounding,
+    multiple_of_all,
+    multiple_of_rows,
+    rearranged,
+)
 
 ROUTING = ("logits", "scores", "choice", "weights")
 INNER = ("up", "activation", "expert_output")
@@ -64,28 +69,20 @@ def _zero(e: Evidence) -> Iterator[Tensor]:
     yield torch.zeros_like(e.wanted)
 
 
-@cause(
+_scaled = cause(
     "scaled by a constant",
     *BY_TOKEN,
     fix="All values are off by one factor: look for a scale, a mean for a sum, or a factor that "
     "only one of the two applies.",
     general=True,
-)
-def _scaled(e: Evidence) -> Iterator[Tensor]:
-    if e.found.shape == e.wanted.shape and bool(e.wanted.isfinite().all()):
-        yield nearest_multiple(e.found, e.wanted, tuple(range(e.wanted.ndim)))
+)(multiple_of_all)
 
-
-@cause(
+_scaled_by_token = cause(
     "scaled by a factor for each token",
     *BY_TOKEN,
     fix="Within a token the proportions are right: look at how rows are normalised.",
     general=True,
-)
-def _scaled_by_token(e: Evidence) -> Iterator[Tensor]:
-    enough = e.wanted.ndim > 1 and e.wanted[0].numel() > 1 if len(e.wanted) else False
-    if enough and e.found.shape == e.wanted.shape and bool(e.wanted.isfinite().all()):
-        yield nearest_multiple(e.found, e.wanted, tuple(range(1, e.wanted.ndim)))
+)(multiple_of_rows)
 
 
 ANY_STAGE = (

@@ -13,7 +13,14 @@ from torch import Tensor
 from moetk.equivalence.cause import Cause, Evidence, cause
 from moetk.equivalence.causes.chain import hidden
 from moetk.equivalence.causes.counts import repeats
-from moetk.equivalence.causes.values import at, nearest_multiple, score_function, softmax, value
+from moetk.equivalence.causes.values import (
+    at,
+    multiple_of_all,
+    multiple_of_rows,
+    score_function,
+    softmax,
+    value,
+)
 from moetk.experts import ClampedGated, GptOssGated
 
 ANY = tuple(
@@ -173,27 +180,20 @@ def _negated(e: Evidence) -> Iterator[Tensor]:
     yield -e.wanted
 
 
-@cause(
+_scaled = cause(
     "gradient scaled by a constant",
     *ANY,
     fix="Look for a factor of the world size, of T or K, or a mean for a sum.",
     general=True,
-)
-def _scaled(e: Evidence) -> Iterator[Tensor]:
-    if e.found.shape == e.wanted.shape and e.wanted.numel() > 1:
-        yield nearest_multiple(e.found, e.wanted, tuple(range(e.wanted.ndim)))
+)(multiple_of_all)
 
-
-@cause(
+_scaled_rows = cause(
     "gradient scaled by a factor for each row",
     *ANY,
     fix="Each expert's or token's gradient has the right direction and another length: look for "
     "a division by its number of tokens.",
     general=True,
-)
-def _scaled_rows(e: Evidence) -> Iterator[Tensor]:
-    if e.found.shape == e.wanted.shape and e.wanted.ndim > 1 and e.wanted[:1].numel() > 1:
-        yield nearest_multiple(e.found, e.wanted, tuple(range(1, e.wanted.ndim)))
+)(multiple_of_rows)
 
 
 GRADIENTS = (

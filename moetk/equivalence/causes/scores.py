@@ -15,6 +15,7 @@ from moetk.equivalence.causes.values import (
     is_rounding,
     normalised,
     score_function,
+    softmax,
     value,
 )
 
@@ -83,7 +84,9 @@ def _softcap(e: Evidence) -> Iterator[Tensor]:
 )
 def _temperature(e: Evidence) -> Iterator[Tensor]:
     logits_TE = value(e, "logits")
-    if logits_TE is None or e.found.shape != logits_TE.shape or not bool((e.found > 0).all()):
+    if logits_TE is None or score_function(e) is not softmax:
+        return
+    if e.found.shape != logits_TE.shape or not bool((e.found > 0).all()):
         return
     # Logarithms of softmax scores are the logits, up to a constant for each token.
     wide_TE, log_TE = (t - t.mean(-1, keepdim=True) for t in (logits_TE, e.found.log()))

@@ -6,7 +6,8 @@ M a matrix's outputs, N its inputs.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -142,12 +143,32 @@ def rearranged(wanted: Tensor, found: Tensor, dim: int) -> Tensor | None:
     return wanted.index_select(dim, places)
 
 
-def nearest_multiple(found: Tensor, wanted: Tensor, dims: tuple[int, ...]) -> Tensor:
-    """`wanted` times the factor that brings it nearest to `found`, one factor for each index that
-    is not in `dims`."""
-    found, wanted = found.double(), wanted.double()
+def nearest_multiple(e: Evidence, dims: tuple[int, ...]) -> Tensor | None:
+    """What was wanted, times the factor that brings it nearest to what was found; one factor for
+    each index that is not in `dims`. None where one number alone would be scaled, of which a
+    factor says nothing."""
+    found, wanted = e.found.double(), e.wanted.double()
+    if found.shape != wanted.shape or not bool(wanted.isfinite().all() & found.isfinite().all()):
+        return None
+    if math.prod(wanted.shape[dim] for dim in dims) < 2:
+        return None
     square = (wanted * wanted).sum(dims, keepdim=True)
     return wanted * (found * wanted).sum(dims, keepdim=True) / (square + (square == 0))
+
+
+def multiple_of_all(e: Evidence) -> Iterator[Tensor]:
+    one = nearest_multiple(e, tuple(range(e.wanted.ndim)))
+    if one is not None:
+        yield one
+
+
+def multiple_of_rows(e: Evidence) -> Iterator[Tensor]:
+    """One factor for each row, where they are not all the same."""
+    if any(e.equals(one) for one in multiple_of_all(e)):
+        return
+    rows = nearest_multiple(e, tuple(range(1, e.wanted.ndim)))
+    if rows is not None:
+        yield rows
 
 
 def is_rounding(found: Tensor, exact: Tensor, wanted: Tensor, dtype: torch.dtype) -> bool:

@@ -84,24 +84,6 @@ def _softmax_again(e: Evidence) -> Iterator[Tensor]:
 
 
 @cause(
-    "softmax before top-k",
-    "weights",
-    fix="The softmax belongs over the chosen logits alone, so that each token's weights sum to "
-    "one.",
-)
-def _softmax_before(e: Evidence) -> Iterator[Tensor]:
-    chosen_TK, all_TE = at_chosen(e, value(e, "logits")), value(e, "logits")
-    if chosen_TK is None or all_TE is None:
-        return
-    # Only where the reference takes it over the chosen; else this is a missing renormalisation.
-    after_TK = _scale(e) * chosen_TK.softmax(-1)
-    if value(e, "scores") is None and deviation(after_TK, e.wanted) <= e.tolerance:
-        before_TK = at_chosen(e, all_TE.softmax(-1))
-        if before_TK is not None:
-            yield _scale(e) * before_TK
-
-
-@cause(
     "scale missing",
     "weights",
     fix="Multiply the weights by the router's scale (routed_scaling_factor), after they are "
@@ -210,7 +192,6 @@ WEIGHTS = (
     _renormalised,
     _bias,
     _softmax_after,
-    _softmax_before,
     _softmax_again,
     _scale_missing,
     _scale_twice,

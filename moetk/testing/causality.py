@@ -8,7 +8,9 @@ too where all first choices are served before any second one.
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
+from moetk.context import RouterContext
 from moetk.testing.laws.routers_subject import RouterSubject, by_token, differing, plain_context
 from moetk.testing.report import Causality
 from moetk.testing.strategies.inputs import rows_of
@@ -48,6 +50,8 @@ def _sees_later(subject: RouterSubject, *, training: bool) -> bool:
     return False
 
 
-def _routed(subject, x_TH, ctx, training):  # type: ignore[no-untyped-def]
+def _routed(
+    subject: RouterSubject, x_TH: Tensor, ctx: RouterContext, training: bool
+) -> dict[str, Tensor]:
     torch.manual_seed(0)  # a router that draws from the global generator is judged by law R6
     return by_token(subject.route(x_TH, ctx, training=training))

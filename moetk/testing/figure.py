@@ -99,7 +99,11 @@ def _matrix(axes: Axes, outcome: Outcome) -> None:
     )
     for token, expert in (~weights_TE.isnan()).nonzero().tolist():
         weight = float(weights_TE[token, expert])
-        axes.text(expert, token, f"{weight:.2g}", ha="center", va="center", fontsize=8)
+        dark = weight > 0.6 * float(weights_TE.nan_to_num().max())
+        colour = "white" if dark else INK
+        axes.text(
+            expert, token, f"{weight:.2g}", ha="center", va="center", fontsize=8, color=colour
+        )
     axes.set_xticks(range(weights_TE.shape[1]))
     axes.set_yticks(range(weights_TE.shape[0]))
     axes.set(xlabel="expert", ylabel="token")

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from textwrap import wrap
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -83,30 +84,40 @@ class LawReport:
         return f"{self.what}: {told}; {seconds:.1f} s"
 
     def table(self) -> str:
-        """The outcomes as plain text: number, title, status, examples, seconds; below each law
-        that was not kept, why. Then the summary, and causality where it was measured."""
+        """The outcomes as plain text: number, title, status, examples, seconds. Then what broke,
+        why the rest is not applicable, the summary, and causality where it was measured."""
         table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
         for column in ("law", "title", "status"):
             table.add_column(column)
         for column in ("examples", "seconds"):
             table.add_column(column, justify="right")
         for one in self.outcomes:
-            ran = one.status != "not applicable"
-            table.add_row(
-                one.law.number,
-                one.law.title if not one.reason else f"{one.law.title}\n  {one.reason}",
-                one.status,
-                str(one.examples) if ran else "",
-                f"{one.seconds:.2f}" if ran else "",
-            )
+            ran = (str(one.examples), f"{one.seconds:.2f}")
+            if one.status == "not applicable":
+                ran = ("", "")
+            table.add_row(one.law.number, one.law.title, one.status, *ran)
         console = Console(width=WIDTH, highlight=False, markup=False, color_system=None)
         with console.capture() as capture:
             console.print(table)
         lines = [line.rstrip() for line in capture.get().splitlines()]
-        told = [self.summary()]
+        for one in self.having("broken"):
+            lines += ["", *wrap(f"{one.law.number} broken: {one.reason}", WIDTH)]
+            lines += wrap(f"on {one.case}", WIDTH, initial_indent="  ", subsequent_indent="  ")
+        lines += ["", *self._not_applicable(), self.summary()]
         if self.causal is not None:
-            told.append(f"causality: {self.causal}")
-        return "\n".join([*lines, "", *told])
+            lines.append(f"causality: {self.causal}")
+        return "\n".join(lines)
+
+    def _not_applicable(self) -> list[str]:
+        """The reasons, each once, behind the numbers of the laws that gave it."""
+        numbers: dict[str, list[str]] = {}
+        for one in self.having("not applicable"):
+            numbers.setdefault(one.reason, []).append(one.law.number)
+        lines = []
+        for reason, laws in numbers.items():
+            told = f"{', '.join(laws)} not applicable: {reason}"
+            lines += wrap(told, WIDTH, subsequent_indent="  ")
+        return [*lines, ""] if lines else []
 
     def __str__(self) -> str:
         return self.table()

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from moetk.routers import LinearRouter
 from moetk.routing import TokenChoice
-from moetk.testing.law import Case
+from moetk.testing.law import Case, Setting
 from moetk.testing.laws.routers_subject import RouterSubject
-from moetk.testing.strategies.inputs import MODERATE, pattern_names, rows_of
+from moetk.testing.strategies.inputs import pattern_names, rows_of
 from moetk.testing.strategies.sequences import MASKS, mask_of_kind, packed
 from moetk.testing.strategies.shapes import batch_shapes, seeds
 
@@ -38,8 +38,14 @@ def inputs(
             tensors = {"x_TH": rows_of(pattern, seed, batch * length, subject.hidden_size)}
             if added is not None:
                 tensors |= added(seed, batch, length, subject.hidden_size)
-            settings = {"batch": batch, "length": length, "seed": seed, "pattern": pattern}
-            return Case(tensors, settings | {"training": in_training})
+            settings: dict[str, Setting] = {
+                "batch": batch,
+                "length": length,
+                "seed": seed,
+                "pattern": pattern,
+                "training": in_training,
+            }
+            return Case(tensors, settings)
 
         return st.builds(
             build,
@@ -52,11 +58,6 @@ def inputs(
         )
 
     return cases
-
-
-def moderate(**options: int | bool | None) -> Cases:
-    """`inputs` on which rounding decides nothing."""
-    return inputs(*MODERATE, **options)  # type: ignore[arg-type]
 
 
 def other_rows(seed: int, batch: int, length: int, width: int) -> dict[str, Tensor]:

@@ -16,7 +16,6 @@ from moetk.testing.laws.routers_cases import (
     ScoredRouter,
     broken_subject,
     inputs,
-    moderate,
     unless_it_has_a_mode,
 )
 from moetk.testing.laws.routers_compare import hold_close, hold_same
@@ -25,7 +24,7 @@ from moetk.testing.laws.routers_subject import (
     context_of,
     every_tensor,
 )
-from moetk.testing.strategies.inputs import LAYOUTS
+from moetk.testing.strategies.inputs import LAYOUTS, MODERATE
 
 
 class DrawsFromTheGlobal(ScoredRouter):
@@ -167,7 +166,7 @@ class StepsInForward(ScoredRouter):
     "forward changes no state",
     formula="parameters and buffers, after = before, bit by bit, in training too",
     source="Loss-free balancing, arXiv 2408.15664, algorithm 1: the bias moves after the step",
-    cases=moderate(training=None),
+    cases=inputs(*MODERATE, training=None),
     broken=broken_subject(StepsInForward),
     unless=lambda s: None if s.is_module else "a function holds no parameters and buffers",
 )
@@ -201,20 +200,18 @@ class AssumesRows(ScoredRouter):
     "the layout in memory is no input",
     formula="R(x) = R(x transposed, sliced, shifted or repeated in memory)",
     source="DLPack and torch hand strides over; a kernel must read them or ask for a copy",
-    cases=moderate(training=None),
+    cases=inputs(*MODERATE, training=None),
     broken=broken_subject(AssumesRows),
 )
 def any_layout(subject: RouterSubject, case: Case) -> None:
     training = bool(case.settings["training"])
     for name, laid_out in LAYOUTS.items():
         strided_TH = laid_out(case["x_TH"].to(subject.dtype))
-        plain = subject.route(
-            strided_TH.clone(memory_format=torch.contiguous_format),
-            context_of(case),
-            training=training,
+        dense = Case(
+            {"x_TH": strided_TH.clone(memory_format=torch.contiguous_format)}, case.settings
         )
-        other = subject.route(strided_TH, context_of(case), training=training)
-        hold_close(subject, plain, other, case, f"x_TH is {name}")
+        other = subject.route(strided_TH, context_of(dense), training=training)
+        hold_close(subject, subject.on(dense), other, dense, f"x_TH is {name}")
 
 
 class KeepsAStaleCopy(ScoredRouter):
@@ -242,7 +239,7 @@ def _unless_it_has_a_state(subject: RouterSubject) -> str | None:
     "the state_dict holds the router",
     formula="load_state_dict(state_dict of A) into B  =>  R_B(x) = R_A(x), bit by bit",
     source="checkpoints: what is not in the state is lost, what is cached is stale",
-    cases=moderate(),
+    cases=inputs(*MODERATE),
     broken=broken_subject(KeepsAStaleCopy),
     unless=_unless_it_has_a_state,
 )

@@ -12,7 +12,7 @@ from moetk.context import RouterContext
 from moetk.kernels.selection import gather, normalise, top_k
 from moetk.routing import Routing, SoftChoice, TokenChoice
 from moetk.testing.law import Case, Law, hold, law
-from moetk.testing.laws.routers_cases import ScoredRouter, broken_subject, inputs, moderate
+from moetk.testing.laws.routers_cases import ScoredRouter, broken_subject, inputs
 from moetk.testing.laws.routers_compare import coarsest_eps
 from moetk.testing.laws.routers_subject import (
     CHOICE_BIAS,
@@ -22,6 +22,7 @@ from moetk.testing.laws.routers_subject import (
     context_of,
 )
 from moetk.testing.laws.routers_symmetry import unless_choice_bias
+from moetk.testing.strategies.inputs import MODERATE
 
 
 def _mixed(told: dict[str, Tensor], seed: int) -> Tensor:
@@ -60,7 +61,7 @@ class LeaksThroughTheBias(ScoredRouter):
     "no gradient to the choice bias",
     formula="d weights / d b = 0",
     source="DeepSeek-V3, arXiv 2412.19437, section 2.1.2: a controller moves b, no loss does",
-    cases=moderate(training=None),
+    cases=inputs(*MODERATE, training=None),
     broken=broken_subject(LeaksThroughTheBias),
     unless=unless_choice_bias,
 )
@@ -193,7 +194,7 @@ def _smooth(routing: Routing) -> dict[str, Tensor]:
     "the gradient is the derivative",
     formula="|g - D(h/2)| <= |D(h) - D(h/2)| + rounding / h, D(h) = (f(h) - f(-h)) / 2h",
     source="central differences: D(h/2) is off by a third of D(h) - D(h/2), at fixed choices",
-    cases=moderate(least_length=1, training=None),
+    cases=inputs(*MODERATE, least_length=1, training=None),
     broken=broken_subject(ForgetsTheDenominator),
     unless=_unless_surrogate,
 )
@@ -245,7 +246,7 @@ def _unless_gradients_mix(subject: RouterSubject) -> str | None:
     "gradients stay where values stay",
     formula="d weights_t / d x_s = 0, s another sequence (s != t where tokens do not compete)",
     source="batch independence, differentiated: a token does not move what it does not read",
-    cases=moderate(least_sequences=2, least_length=1, training=None),
+    cases=inputs(*MODERATE, least_sequences=2, least_length=1, training=None),
     broken=broken_subject(SmugglesALoss),
     unless=_unless_gradients_mix,
 )

@@ -16,11 +16,12 @@ from moetk.testing.law import Case, Law, hold, law
 from moetk.testing.laws.routers_cases import (
     ScoredRouter,
     broken_subject,
-    moderate,
+    inputs,
     unless_experts_are_chosen,
 )
 from moetk.testing.laws.routers_compare import rounding
 from moetk.testing.laws.routers_subject import RouterSubject, context_of
+from moetk.testing.strategies.inputs import MODERATE
 
 
 def _preferences(seed: int, batch: int, length: int, width: int) -> Mapping[str, Tensor]:
@@ -61,7 +62,7 @@ class IgnoresTheReplay(ScoredRouter):
     "a replay is obeyed or refused",
     formula="ctx.replay = ids  =>  experts_TK = ids, or ReplayError",
     source="rollout routing replay, arXiv 2510.11370: a choice that drifts is another policy",
-    cases=moderate(training=None, added=_preferences),
+    cases=inputs(*MODERATE, training=None, added=_preferences),
     broken=broken_subject(IgnoresTheReplay),
     unless=_unless_it_follows,
 )
@@ -93,7 +94,7 @@ class WeighsItsOwnChoice(ScoredRouter):
     "weights are those of the replayed experts",
     formula="replay of columns in reverse => weights in reverse; plain scores stay plain scores",
     source="replay takes the choice; weights and their gradient are the live router's",
-    cases=moderate(added=_preferences),
+    cases=inputs(*MODERATE, added=_preferences),
     broken=broken_subject(WeighsItsOwnChoice),
     unless=_unless_it_follows,
 )

@@ -157,8 +157,8 @@ class RouterSubject:
     def has_choice_bias(self) -> bool:
         if not isinstance(self.original, nn.Module):
             return False
-        held = [*self.original.named_parameters(), *self.original.named_buffers()]
-        return CHOICE_BIAS in dict(held)
+        held = {**dict(self.original.named_parameters()), **dict(self.original.named_buffers())}
+        return CHOICE_BIAS in held
 
     @property
     def groups(self) -> tuple[int, int] | None:
@@ -295,14 +295,10 @@ def _own_dtype(router: Router) -> torch.dtype:
 def move_off_start(router: nn.Module) -> None:
     """Add noise to parameters that are all one number, and to the choice bias."""
     generator = torch.Generator().manual_seed(0)
-    named = [*router.named_parameters()]
-    named += [(name, t) for name, t in router.named_buffers() if name.endswith(CHOICE_BIAS)]
-    for _, tensor in named:
-        if (
-            tensor.is_floating_point()
-            and tensor.numel() > 1
-            and bool((tensor == tensor.max()).all())
-        ):
+    biases = [t for name, t in router.named_buffers() if name.endswith(CHOICE_BIAS)]
+    for tensor in (*router.parameters(), *biases):
+        floats = tensor.is_floating_point() and tensor.numel() > 1
+        if floats and bool((tensor == tensor.max()).all()):
             noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
             tensor += (noise * tensor.shape[-1] ** -0.5).to(tensor.dtype)
 

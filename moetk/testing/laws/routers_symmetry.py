@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,6 @@ from moetk.testing.laws.routers_cases import (
     ScoredRouter,
     broken_subject,
     inputs,
-    moderate,
     unless_experts_are_chosen,
 )
 from moetk.testing.laws.routers_compare import coarsest_eps, hold_close
@@ -26,6 +26,7 @@ from moetk.testing.laws.routers_subject import (
     by_token,
     context_of,
 )
+from moetk.testing.strategies.inputs import MODERATE
 
 
 class HashesTheRow(ScoredRouter):
@@ -121,7 +122,7 @@ def _permuted(seed: int, batch: int, length: int, width: int) -> Mapping[str, Te
     "experts have no order",
     formula="rows of W, b permuted by p  =>  experts are p(experts), weights stay",
     source="papers on routing define it on a set of experts; a tie-break must only break ties",
-    cases=moderate(added=_permuted),
+    cases=inputs(*MODERATE, added=_permuted),
     broken=broken_subject(PrefersLowIds),
     unless=_unless_relabelled,
 )
@@ -170,7 +171,7 @@ def _unless_order_may_matter(subject: RouterSubject) -> str | None:
     "tokens have no order",
     formula="R(Q x, Q ctx) = Q R(x, ctx), for a permutation Q within each sequence",
     source="a choice of one's own, or the best of a set (arXiv 2202.09368, equation 2)",
-    cases=moderate(least_length=2),
+    cases=inputs(*MODERATE, least_length=2),
     broken=broken_subject(TakesTurns),
     unless=_unless_order_may_matter,
 )
@@ -180,7 +181,9 @@ def any_token_order(subject: RouterSubject, case: Case) -> None:
     order_BS = torch.rand(batch, length, generator=generator).argsort(-1)
     order_T = (order_BS + length * torch.arange(batch)[:, None]).flatten()
     ctx = context_of(case)
-    moved = {name: value[order_T] for name, value in vars(ctx).items() if isinstance(value, Tensor)}
+    moved: dict[str, Any] = {
+        name: value[order_T] for name, value in vars(ctx).items() if isinstance(value, Tensor)
+    }
     routing = subject.route(case["x_TH"][order_T], replace(ctx, **moved))
     hold_close(subject, subject.on(case), _put_back(routing, order_T), case, "tokens change places")
 
@@ -227,7 +230,7 @@ def unless_choice_bias(subject: RouterSubject) -> str | None:
     "a constant choice bias chooses nothing",
     formula="R(b + c) = R(b), for any number c",
     source="Loss-free balancing, arXiv 2408.15664: b ranks experts, and a rank has no zero",
-    cases=moderate(),
+    cases=inputs(*MODERATE),
     broken=broken_subject(ClampsTheBiased),
     unless=unless_choice_bias,
 )

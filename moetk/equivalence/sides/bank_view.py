@@ -82,10 +82,8 @@ def bank_view(experts: nn.Module, family: Family | None = None) -> BankView | No
     spec = _spec(experts, family)
     biases = (_tensor(experts, f"{name}_bias"), _tensor(experts, "down_proj_bias"))
     if spec is not None:
-        return BankView(
-            up, down, *biases, spec.transposed, spec.interleaved, spec.scale == "input",
-            spec.activation,
-        )  # fmt: skip
+        alternates, scaled = spec.gated and spec.interleaved, spec.scale == "input"
+        return BankView(up, down, *biases, spec.transposed, alternates, scaled, spec.activation)
     gated = name == "gate_up_proj"
     alternates = gated and not getattr(experts, "is_concatenated", True)
     return BankView(up, down, *biases, bool(getattr(experts, "is_transposed", False)), alternates)
@@ -97,7 +95,8 @@ def _spec(experts: nn.Module, family: Family | None) -> BankSpec | None:
         return site.spec
     if isinstance(experts, ExpertBank):
         return experts.spec
-    return None if family is None else family.spec(experts)
+    of_family = any(c.__module__.startswith("transformers.models.") for c in type(experts).__mro__)
+    return family.spec(experts) if family is not None and of_family else None
 
 
 def _tensor(module: nn.Module, name: str) -> Tensor | None:

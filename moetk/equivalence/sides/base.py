@@ -46,6 +46,8 @@ class ModuleSide:
 
     def in_double(self) -> Self:
         side = self._of_copy()
+        for one in side.module.modules():
+            _run_eagerly(one)  # transformers' other implementations do not take float64
         side.module.double()
         return side
 
@@ -91,11 +93,16 @@ def require_module(router: object, name: str) -> None:
 
 def _run_plainly(module: nn.Module) -> None:
     """Experts by a loop in plain torch, whoever's they are."""
+    _run_eagerly(module)
     site = vars(module).get(SITE)
     if isinstance(site, Site):
         site.backend = "reference"
     elif isinstance(module, ExpertBank):
         module.backend = "reference"
+
+
+def _run_eagerly(module: nn.Module) -> None:
+    """Transformers' experts by their own loop."""
     config = vars(module).get("config")
     if getattr(config, "_experts_implementation", None) is not None:
         config._experts_implementation = "eager"  # type: ignore[union-attr]

@@ -50,10 +50,16 @@ def gained_by_counter(
 
 def step(module: nn.Module, forward: Forward, x_TH: Tensor) -> None:
     """Forward and backward with the forward run again in backward."""
+
+    def squared(x_TH: Tensor) -> Tensor:
+        # The square needs the output: recomputing stops at the last tensor that backward needs,
+        # and in a model that is behind this layer.
+        output: Tensor = forward(module, x_TH).square()
+        return output
+
     x_TH = x_TH.detach().clone().requires_grad_()
     with torch.enable_grad():
-        output = checkpoint(forward, module, x_TH, use_reentrant=False)
-        output.float().sum().backward()
+        checkpoint(squared, x_TH, use_reentrant=False).float().sum().backward()
 
 
 def committed(attachment: Any, run: Callable[[], None]) -> Tensor | None:

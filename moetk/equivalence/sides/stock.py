@@ -66,8 +66,10 @@ class StockSide(BlockSide):
     def facts(self) -> Mapping[str, Any]:
         gate, family = self._gate, self._family
         settings: dict[str, Any] = {"tie": "stock"}
-        if family is not None:
-            settings |= family.gate_row(gate).settings(gate)
+        known = [cls.__name__ for cls in type(gate).__mro__]
+        row = next((family.gates[n] for n in known if n in family.gates), None) if family else None
+        if row is not None:
+            settings |= row.settings(gate)
         return {**bank_facts(self._bank), **router_facts(gate, settings)}
 
     def leaves(self) -> Mapping[str, Leaf]:

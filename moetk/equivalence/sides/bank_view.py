@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moetk.equivalence.sides.rows import Order
 from moetk.equivalence.trace import Leaf
 from moetk.experts import Activation, BankSpec, ExpertBank
 from moetk.layers.families import Family
@@ -24,7 +25,8 @@ class BankView:
 
     transposed: (E, H, J) and (E, I, H) instead of (E, J, H) and (E, H, I). interleaved: gate and up
     columns alternate. scaled: the routing weight multiplies the experts' input. activation: None
-    where nobody says.
+    where nobody says. loop_order: how a loop over experts gathers an expert's rows, by token or
+    slot by slot.
     """
 
     up: Tensor
@@ -35,6 +37,7 @@ class BankView:
     interleaved: bool
     scaled: bool = False
     activation: Activation | None = None
+    loop_order: Order | None = None
 
     @property
     def up_width(self) -> int:
@@ -74,19 +77,21 @@ class BankView:
 def bank_view(experts: nn.Module, family: Family | None = None) -> BankView | None:
     """The view of a moetk bank, of a family's experts or of any experts module that transformers
     decorates; None where the matrices are not two stacks under the usual names."""
-    up = _tensor(experts, "gate_up_proj") if hasattr(experts, "gate_up_proj") else None
-    name = "gate_up_proj" if up is not None else "up_proj"
+    gated = _tensor(experts, "gate_up_proj") is not None
+    name = "gate_up_proj" if gated else "up_proj"
     up, down = _tensor(experts, name), _tensor(experts, "down_proj")
     if up is None or down is None or up.ndim != 3 or down.ndim != 3:
         return None
-    spec = _spec(experts, family)
+    spec, order = _spec(experts, family), _loop_order(experts)
     biases = (_tensor(experts, f"{name}_bias"), _tensor(experts, "down_proj_bias"))
     if spec is not None:
         alternates, scaled = spec.gated and spec.interleaved, spec.scale == "input"
-        return BankView(up, down, *biases, spec.transposed, alternates, scaled, spec.activation)
-    gated = name == "gate_up_proj"
+        return BankView(
+            up, down, *biases, spec.transposed, alternates, scaled, spec.activation, order
+        )
     alternates = gated and not getattr(experts, "is_concatenated", True)
-    return BankView(up, down, *biases, bool(getattr(experts, "is_transposed", False)), alternates)
+    transposed = bool(getattr(experts, "is_transposed", False))
+    return BankView(up, down, *biases, transposed, alternates, loop_order=order)
 
 
 def _spec(experts: nn.Module, family: Family | None) -> BankSpec | None:
@@ -95,8 +100,20 @@ def _spec(experts: nn.Module, family: Family | None) -> BankSpec | None:
         return site.spec
     if isinstance(experts, ExpertBank):
         return experts.spec
-    of_family = any(c.__module__.startswith("transformers.models.") for c in type(experts).__mro__)
-    return family.spec(experts) if family is not None and of_family else None
+    return family.spec(experts) if family is not None and _of_transformers(experts) else None
+
+
+def _loop_order(experts: nn.Module) -> Order | None:
+    site = vars(experts).get(SITE)
+    stock = not isinstance(site, Site) or site.backend == "stock"
+    if isinstance(experts, ExpertBank) or not stock:
+        return "token"
+    return "slot" if _of_transformers(experts) else None
+
+
+def _of_transformers(module: nn.Module) -> bool:
+    """Its class, or one that it is derived from, is transformers'."""
+    return any(c.__module__.startswith("transformers.models.") for c in type(module).__mro__)
 
 
 def _tensor(module: nn.Module, name: str) -> Tensor | None:

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from moetk.equivalence.sides.bank_view import BankView
 from moetk.equivalence.sides.products import Place, Product, Products
-from moetk.equivalence.sides.rows import choices_of_rows
+from moetk.equivalence.sides.rows import Order, choices_of_rows
 from moetk.equivalence.trace import Scattered
 
 
@@ -54,21 +55,16 @@ def inner_stages(products: Products, asked: Asked, combined_TH: Tensor) -> Inner
     bank, made = products.bank, products.made
     if not products.clear or (not made and bool((asked.ids_TK >= 0).any())):
         return Inner({})
-    ups: list[tuple[Product, Tensor]] = []
+    ups = _with_choices([product for product in made if product.part == "up"], asked, bank)
+    if ups is None:
+        return Inner({})
     downs: list[tuple[Product, Tensor]] = []
     for product in made:
-        if product.part == "up":
-            choices_N = _choices(product, asked, bank.scaled)
-            if choices_N is None:
+        if product.part == "down":
+            before = [c for up, c in ups if up.expert == product.expert and _alike(up, product)]
+            if not before:
                 return Inner({})
-            ups.append((product, choices_N))
-        else:
-            rows = [
-                c for up, c in ups if up.expert == product.expert and len(c) == len(product.value)
-            ]
-            if not rows:
-                return Inner({})
-            downs.append((product, rows[-1]))
+            downs.append((product, before[-1]))
     computed_N = _covered(ups, asked.ids_TK.numel())
     if computed_N is None or _covered(downs, asked.ids_TK.numel()) is None:
         return Inner({})
@@ -90,34 +86,45 @@ def inner_stages(products: Products, asked: Asked, combined_TH: Tensor) -> Inner
     return Inner(stages, computed_N.view(asked.ids_TK.shape))
 
 
-def _choices(product: Product, asked: Asked, scaled: bool) -> Tensor | None:
-    """(N,) the choice of each row of an up product, -1 = nobody's; None = it cannot be told."""
+def _alike(up: Product, down: Product) -> bool:
+    return len(up.value) == len(down.value) and up.offsets == down.offsets
+
+
+def _with_choices(
+    products: Sequence[Product], asked: Asked, bank: BankView
+) -> list[tuple[Product, Tensor]] | None:
+    """Each up product with (N,) the choice of each row, -1 = nobody's; None = it cannot be told."""
     flat_N, num_choices = asked.ids_TK.flatten(), asked.ids_TK.shape[1]
-    left_NA = product.left_value
+    dtypes = {product.left_value.dtype for product in products}
+    if any(p.left_value.shape[1] != asked.x_TH.shape[1] for p in products) or len(dtypes) > 1:
+        return None
 
     def inputs(choices_C: Tensor) -> Tensor:
         rows = asked.x_TH.detach()[choices_C // max(num_choices, 1)]
-        if scaled:
+        if bank.scaled:
             rows = rows * asked.weights_TK.detach().flatten()[choices_C][:, None]
-        return rows.to(left_NA.dtype)
+        return rows.to(*dtypes)
 
-    def of(expert: int, rows_NA: Tensor) -> Tensor | None:
-        named = (flat_N == expert).nonzero()[:, 0]
-        if rows_NA.shape[1] != asked.x_TH.shape[1]:
-            return None
-        return choices_of_rows(rows_NA, named, num_choices, inputs)
-
-    if product.expert is not None:
-        return of(product.expert, left_NA)
-    found, start = [], 0
-    for expert, end in enumerate(product.offsets):
-        choices = of(expert, left_NA[start:end])
-        if choices is None:
-            return None
-        found.append(choices)
-        start = end
-    tail = torch.full((len(left_NA) - start,), -1, dtype=torch.int64, device=left_NA.device)
-    return torch.cat([*found, tail])
+    parts = [
+        (rows, (flat_N == expert).nonzero()[:, 0])
+        for product in products
+        for expert, rows in product.by_expert()
+    ]
+    grouped = any(product.expert is None for product in products)
+    declared: Order | None = "token" if grouped else bank.loop_order
+    found = choices_of_rows(parts, num_choices, inputs, declared)
+    if found is None:
+        return None
+    remaining, ups = iter(found), []
+    for product in products:
+        choices_N = flat_N.new_full((len(product.value),), -1)
+        start = 0
+        for _ in product.by_expert():
+            choices = next(remaining)
+            choices_N[start : start + len(choices)] = choices
+            start += len(choices)
+        ups.append((product, choices_N))
+    return ups
 
 
 def _covered(parts: Sequence[tuple[Product, Tensor]], total: int) -> Tensor | None:

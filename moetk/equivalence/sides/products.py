@@ -49,6 +49,16 @@ class Product:
     summed: Tensor | None = None
     summed_value: Tensor | None = None
 
+    def by_expert(self) -> list[tuple[int, Tensor]]:
+        """Each expert's rows of the left operand; rows behind the last offset are nobody's."""
+        if self.expert is not None:
+            return [(self.expert, self.left_value)]
+        starts = (0, *self.offsets)
+        return [
+            (expert, self.left_value[start:end])
+            for expert, (start, end) in enumerate(zip(starts, self.offsets, strict=False))
+        ]
+
 
 class Products(TorchFunctionMode):
     """Within it, every product whose right operand is a matrix of `bank` is noted in `made`.

@@ -1,4 +1,4 @@
-"""Which choice each row of an expert's product belongs to.
+"""Which choice each row of the experts' products belongs to.
 
 Letters: T tokens, K choices a token, N rows of one product, C choices that name its expert.
 A choice is known by its flat number, token * K + slot.
@@ -6,28 +6,54 @@ A choice is known by its flat number, token * K + slot.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+Order = Literal["token", "slot"]
+Part = tuple[Tensor, Tensor]  # the rows of one expert, (N, A), and its choices, (C,) ascending
+
 
 def choices_of_rows(
-    left_NA: Tensor, choices_C: Tensor, num_choices: int, inputs: Callable[[Tensor], Tensor]
-) -> Tensor | None:
-    """(N,) int64: the choice of each row, -1 = a row that no choice asked for; None where it
-    cannot be told.
+    parts: Sequence[Part],
+    num_choices: int,
+    inputs: Callable[[Tensor], Tensor],
+    declared: Order | None = None,
+) -> list[Tensor] | None:
+    """For each part (N,) int64: the choice of each row, -1 = a row that no choice asked for. None
+    where it cannot be told.
 
-    choices_C: ascending. num_choices: K. inputs: choices -> the rows that their experts should
-    read. A row is found by its place (rows lie by token, or slot by slot) where the inputs agree
-    there, else by its value.
+    num_choices: K. inputs: choices -> the rows that their experts should read. Rows lie by token or
+    slot by slot where the inputs agree with that in all parts, else each is found by its value.
+    declared: which order it is where tokens have equal inputs and both agree; None = not known.
     """
-    by_slot_C = choices_C[(choices_C % max(num_choices, 1)).argsort(stable=True)]
-    if len(left_NA) == len(choices_C):
-        for order_C in (choices_C, by_slot_C):
-            if _same(left_NA, inputs(order_C)):
-                return order_C
-    return _by_value(left_NA, choices_C, num_choices, inputs(choices_C))
+    by_token = [choices_C for _, choices_C in parts]
+    by_slot = [c[(c % max(num_choices, 1)).argsort(stable=True)] for c in by_token]
+    fitting: dict[Order, list[Tensor]] = {}
+    if _agree(parts, by_token, inputs):
+        fitting["token"] = by_token
+    if _agree(parts, by_slot, inputs):
+        fitting["slot"] = by_slot
+    if declared in fitting:
+        return fitting[declared]
+    if len(fitting) == 1:
+        return next(iter(fitting.values()))
+    if fitting:
+        same = all(torch.equal(a, b) for a, b in zip(by_token, by_slot, strict=True))
+        return by_token if same else None
+    found = [_by_value(left, choices, num_choices, inputs(choices)) for left, choices in parts]
+    return None if any(one is None for one in found) else [one for one in found if one is not None]
+
+
+def _agree(
+    parts: Sequence[Part], orders: Sequence[Tensor], inputs: Callable[[Tensor], Tensor]
+) -> bool:
+    return all(
+        len(left_NA) == len(order_C) and _same(left_NA, inputs(order_C))
+        for (left_NA, _), order_C in zip(parts, orders, strict=True)
+    )
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
@@ -39,16 +65,12 @@ def _by_value(
 ) -> Tensor | None:
     rows = len(left_NA)
     _, group = torch.cat([left_NA, input_CA]).unique(dim=0, return_inverse=True)
-    open_choices: dict[int, list[int]] = {}
+    waiting: dict[int, list[int]] = {}
     for value, choice in zip(group[rows:].tolist(), choices_C.tolist(), strict=True):
-        open_choices.setdefault(value, []).append(choice)
-    found, unknown = [], False
-    for value in group[:rows].tolist():
-        waiting = open_choices.get(value, [])
-        if len({choice // num_choices for choice in waiting}) > 1:
-            return None  # two tokens alike: either may be meant
-        found.append(waiting.pop(0) if waiting else -1)
-        unknown |= found[-1] < 0
-    if unknown and any(open_choices.values()):
+        waiting.setdefault(value, []).append(choice)
+    if any(len({choice // num_choices for choice in alike}) > 1 for alike in waiting.values()):
+        return None  # two tokens with equal inputs: either may be meant
+    found = [waiting[value].pop(0) if waiting.get(value) else -1 for value in group[:rows].tolist()]
+    if -1 in found and any(waiting.values()):
         return None
     return torch.tensor(found, dtype=torch.int64, device=left_NA.device)

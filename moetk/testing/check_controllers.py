@@ -9,11 +9,11 @@ from torch import nn
 from moetk.layers.attach import Controller, name_of
 from moetk.testing.check_losses import check_sizes
 from moetk.testing.law import judge_laws
-from moetk.testing.laws import controllers_observe, controllers_step
+from moetk.testing.laws import controllers_observe, controllers_run, controllers_step
 from moetk.testing.laws.controllers_subject import ControllerSubject
 from moetk.testing.report import LawReport
 
-LAWS = (*controllers_observe.LAWS, *controllers_step.LAWS)
+LAWS = (*controllers_observe.LAWS, *controllers_step.LAWS, *controllers_run.LAWS)
 
 
 def check_controller(

@@ -8,11 +8,18 @@ from moetk.errors import RouterConfigError
 from moetk.layers.attach import Loss, name_of
 from moetk.settings import check_whole
 from moetk.testing.law import judge_laws
-from moetk.testing.laws import losses_any, losses_balance, losses_forms, losses_tokens
+from moetk.testing.laws import (
+    losses_any,
+    losses_balance,
+    losses_forms,
+    losses_sequences,
+    losses_tokens,
+)
 from moetk.testing.laws.losses_subject import Like, LossSubject
 from moetk.testing.report import LawReport
 
-LAWS = (*losses_any.LAWS, *losses_tokens.LAWS, *losses_balance.LAWS, *losses_forms.LAWS)
+_ROOMS = (losses_any, losses_tokens, losses_sequences, losses_balance, losses_forms)
+LAWS = tuple(law for room in _ROOMS for law in room.LAWS)
 
 
 def check_loss(

@@ -159,11 +159,11 @@ def repeatable(subject: LossSubject, case: Case) -> None:
     hold(torch.equal(first[1], second[1]), "the second call has another gradient")
 
 
-def _masks_in_place(routing: TokenChoice, ctx: RouterContext) -> Tensor:
-    logits_TE = routing.logits_TE.detach()  # type: ignore[union-attr]
-    loss = routing.logits_TE.float().logsumexp(-1).square().sum()  # type: ignore[union-attr]
+def _shifts_in_place(routing: TokenChoice, ctx: RouterContext) -> Tensor:
+    assert routing.logits_TE is not None
+    logits_TE = routing.logits_TE.detach()
     logits_TE.sub_(logits_TE.amax(-1, keepdim=True))
-    return loss
+    return routing.logits_TE.float().logsumexp(-1).square().sum()
 
 
 @law(
@@ -172,7 +172,7 @@ def _masks_in_place(routing: TokenChoice, ctx: RouterContext) -> Tensor:
     formula="every tensor of r and ctx is, to the bit, what it was before the call",
     source="transformers, nllb_moe Top2Router: noise added in place reaches later losses",
     cases=_any,
-    broken=lambda: LossSubject(Written(_masks_in_place, reads=("logits_TE",))),
+    broken=lambda: LossSubject(Written(_shifts_in_place, reads=("logits_TE",))),
 )
 def leaves_alone(subject: LossSubject, case: Case) -> None:
     copies = Case({name: tensor.clone() for name, tensor in case.tensors.items()}, case.settings)
@@ -237,13 +237,15 @@ def reads(subject: LossSubject, case: Case) -> None:
     whole = routing_of(case)
     left = keep_fields(whole, frozenset(subject.loss.reads))
     got, want = subject.loss(left, context_of(case)), subject.loss(whole, context_of(case))
-    hold(torch.equal(got, want), f"{float(got)!r} without the other fields, {float(want)!r} with")
+    told = f"{got.item()!r} without the other fields, {want.item()!r} with"
+    hold(torch.equal(got, want), told)
 
 
 def _total_detached(routing: TokenChoice, ctx: RouterContext) -> Tensor:
-    probs_TE = routing.scores_TE.float()  # type: ignore[union-attr]
-    probs_TE = probs_TE / probs_TE.sum(-1, keepdim=True).detach()
-    return LoadBalancingLoss(1.0)(routing, ctx) * 0 + probs_TE.square().sum(-1).mean()
+    assert routing.scores_TE is not None
+    scores_TE = routing.scores_TE.float()
+    probs_TE = scores_TE / scores_TE.sum(-1, keepdim=True).detach()
+    return probs_TE.square().sum(-1).mean()
 
 
 @law(
@@ -280,7 +282,7 @@ def slope(subject: LossSubject, case: Case) -> None:
     hold(
         (got - extrapolated).abs() <= truncated + rounded,
         f"the gradient says {float(got):.6g}, the values {float(extrapolated):.6g}",
-        **{f"grad of {name}".replace(" ", "_"): grad for name, grad in found.items()},
+        **{f"grad_of_{name}": grad for name, grad in found.items()},
     )
 
 
@@ -318,7 +320,7 @@ def teaches(subject: LossSubject, case: Case) -> None:
 def _one_expert_less(routing: TokenChoice, ctx: RouterContext) -> Tensor:
     scores_TE = routing.scores_TE
     assert scores_TE is not None
-    shifted_TK = routing.experts_TK + 1  # 0 is "skip" in this table, or so it was meant
+    shifted_TK = routing.experts_TK + 1  # class 0 is for skipped tokens: the last expert falls off
     counts_E = torch.bincount(shifted_TK.flatten(), minlength=routing.num_experts)
     counts_E = counts_E[: routing.num_experts].float()
     return (scores_TE.float() @ counts_E).sum() / max(len(scores_TE), 1)

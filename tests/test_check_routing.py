@@ -338,6 +338,18 @@ def test_nothing_routed_is_a_good_routing():
     check_routing(ExpertChoice(whole(E, 0), torch.ones(E, 0), 0), 0, E, where="R")
 
 
+def test_many_experts_are_counted_by_value():
+    """Python keeps one object for each small integer, and none for 300."""
+    routing = token_choice(num_experts=int("300"), logits_TE=torch.zeros(T, 300))
+    check_routing(routing, T, int("300"), where="R")
+    many = TokenChoice(whole(300, 1), torch.ones(300, 1), E)
+    check_routing(many, int("300"), E, where="R")
+    chosen = ExpertChoice(whole(E, 1), torch.ones(E, 1), int("300"))
+    check_routing(chosen, int("300"), E, where="R")
+    soft = SoftChoice(torch.ones(3, 100, P), torch.ones(3, 100, P), E)
+    check_routing(soft, int("300"), E, where="R")
+
+
 def test_the_first_of_several_wrong_ids_is_named():
     wrong = token_choice(experts_TK=ids({(1, 1): 9, (4, 0): -7}))
     with pytest.raises(ExpertIndexError, match="id 9 at token 1, column 1"):

@@ -18,7 +18,6 @@ import importlib
 import multiprocessing
 import os
 import platform
-import random
 import signal
 import subprocess
 import sys
@@ -95,8 +94,8 @@ def main() -> int:
         subprocess.run(["git", "clone", "--quiet", "--shared", ROOT, tree], check=True)
         commit = git(tree, "rev-parse", "--short", "HEAD")
         population = [mutant for file in matching(tree, ROOMS) for mutant in mutants(tree, file)]
-        random.Random(options.seed).shuffle(population)
-        sample = population[: options.sample]  # a larger sample holds the smaller ones
+        # A larger sample holds the smaller ones, and a change of one file leaves the others' draw.
+        sample = sorted(population, key=lambda m: m.lot(options.seed))[: options.sample]
         say(f"{len(sample)} of {len(population)} mutants, seed {options.seed}, at {commit}")
 
         rows = read(options.out)
@@ -140,8 +139,13 @@ def git(tree: Path, *command: str) -> str:
 
 
 def matching(tree: Path, patterns: Iterable[str]) -> list[str]:
-    found = (path for pattern in patterns for path in tree.glob(pattern))
-    return sorted(str(path.relative_to(tree)) for path in found)
+    found: list[str] = []
+    for pattern in patterns:
+        paths = [str(path.relative_to(tree)) for path in tree.glob(pattern)]
+        if not paths:
+            sys.exit(f"{pattern} matches no file at HEAD; mend ROOMS or TESTS in {__file__}.")
+        found += paths
+    return sorted(found)
 
 
 def baseline(tree: Path) -> Survey:

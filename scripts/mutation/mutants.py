@@ -32,6 +32,11 @@ class Mutant:
         """The columns of a row that name the mutant."""
         return self.file, self.digest, self.operator, str(self.occurrence)
 
+    def lot(self, seed: int) -> str:
+        """What is drawn: as good as a random number, and nothing but this mutant decides it."""
+        name = f"{seed} {self.file} {self.operator} {self.occurrence}"
+        return hashlib.sha256(name.encode()).hexdigest()
+
     def apply(self, source: str) -> str:
         changed: str = mutate_code(source, get_operator(self.operator)(), self.occurrence)
         return changed

@@ -23,21 +23,22 @@ class LayerReport:
     """One mixture-of-experts layer.
 
     name, other_name: the block in a and in b. report: the two blocks at the hidden states that a's
-    saw. before: relative error in fp64 of what b has between the layer before and this one, at a's
-    values. entering, leaving: relative difference of the hidden states, each model left to itself.
+    saw. around: relative error in fp64, at a's values, of what b has outside of its blocks, from
+    the end of the last decoder layer with a block to the end of this one. entering, leaving:
+    relative difference of the hidden states, each model left to itself.
     """
 
     index: int
     name: str
     other_name: str
     report: Report
-    before: float
+    around: float
     entering: float
     leaving: float
 
     @property
     def ok(self) -> bool:
-        return self.before <= PARITY and self.report.ok
+        return self.around <= PARITY and self.report.ok
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ class ModelReport:
 
     @property
     def first(self) -> LayerReport | None:
-        """The first layer that differs, in itself or in what stands before it."""
+        """The first layer that differs, in its block or in what stands around it."""
         return next((layer for layer in self.layers if not layer.ok), None)
 
     @property
@@ -103,7 +104,7 @@ class ModelReport:
         if self.ok:
             return ""
         first = self.first
-        return "unknown" if first is None or first.before > PARITY else first.report.cause
+        return "unknown" if first is None or first.around > PARITY else first.report.cause
 
     def __str__(self) -> str:
         return self.table()
@@ -145,7 +146,7 @@ class ModelReport:
                     "name": layer.name,
                     "other_name": layer.other_name,
                     "ok": layer.ok,
-                    "before": layer.before,
+                    "around": layer.around,
                     "entering": layer.entering,
                     "leaving": layer.leaving,
                     "report": report_fields(layer.report),

@@ -8,9 +8,9 @@ from moetk.equivalence.compare import PARITY
 from moetk.equivalence.model_report import LayerReport, ModelReport, TensorApart
 from moetk.equivalence.table import WIDTH, aligned, fact, facts, number, ratio
 
-HEAD = ("layer", "before", "worst local", "flipped", "ties", "entering", "leaving", "verdict")
+HEAD = ("layer", "around", "worst local", "flipped", "ties", "entering", "leaving", "verdict")
 LEGEND = (
-    "before: error in fp64 of what stands before the layer. worst local: largest error of a stage "
+    "around: error in fp64 of what is not the block. worst local: largest error of a stage "
     "in units of the plain implementation's. entering, leaving: hidden states, models left alone."
 )
 SHOWN = 8  # of the tensors that differ
@@ -20,7 +20,7 @@ def table(report: ModelReport) -> str:
     """Every layer in a line, then the explanation."""
     rows = [layer_cells(layer) for layer in report.layers]
     rows.append(("logits", number(report.after), "-", "-", "-", "-", number(report.logits),
-                 "ok" if report.after <= PARITY else "differs before it"))  # fmt: skip
+                 "ok" if report.after <= PARITY else "differs"))  # fmt: skip
     lines = aligned(HEAD, rows, left={0, 7})
     return "\n".join([*lines, "", textwrap.fill(LEGEND, WIDTH), "", explain(report)])
 
@@ -34,9 +34,9 @@ def explain(report: ModelReport) -> str:
     if first is None:
         where = "between the last mixture-of-experts layer and the logits"
         return "\n".join([*lines, fact("first", f"{where}: {number(report.after)} apart in fp64")])
-    if first.before > PARITY:
-        where = f"before {first.name}, outside of the mixture-of-experts layers"
-        return "\n".join([*lines, fact("first", f"{where}: {number(first.before)} apart in fp64")])
+    if first.around > PARITY:
+        where = f"around {first.name}, outside of the mixture-of-experts blocks"
+        return "\n".join([*lines, fact("first", f"{where}: {number(first.around)} apart in fp64")])
     of_first = [fact(name, text) for name, text in facts(first.report)]
     return "\n".join([*lines, fact("layer", first.name), *of_first])
 
@@ -66,7 +66,7 @@ def layer_cells(layer: LayerReport) -> tuple[str, ...]:
     choices = layer.report.choices
     return (
         layer.name,
-        number(layer.before),
+        number(layer.around),
         ratio(worst),
         "-" if choices is None else str(choices.flipped),
         "-" if choices is None else str(choices.tied),
@@ -78,7 +78,7 @@ def layer_cells(layer: LayerReport) -> tuple[str, ...]:
 
 def layer_verdict(layer: LayerReport) -> str:
     """ "ok", or at which stage it differs and why."""
-    words = ["before it"] if layer.before > PARITY else []
+    words = ["around it"] if layer.around > PARITY else []
     if layer.report.first is not None:
         words.append(f"at {layer.report.first.stage}: {layer.report.cause}")
     return f"differs {' and '.join(words)}" if words else "ok"

@@ -1,7 +1,7 @@
 """Two whole models: each mixture-of-experts layer on equal inputs, and all that lies between them.
 
 Nothing is handed down from one judgement to the next. The second model's layer gets what the first
-one's saw, and whatever stands before it (attention, norms, embeddings) gets the first one's values
+one's saw, and whatever stands around it (attention, norms, embeddings) gets the first one's values
 too: what differs is named where it is, and not in all that follows.
 """
 
@@ -57,8 +57,8 @@ def compare_models(
     total = 3 + len(blocks_a)
     progress("own runs", 0, total)
     own_a, own_b = _run(a, ids_BS), _run(b, ids_BS)
-    progress("between the layers", 1, total)
-    between = _between(a, b, ids_BS)
+    progress("around the layers", 1, total)
+    around = _around(a, b, ids_BS)
     ctx = _context(ids_BS)
     layers = []
     for index, (one, other) in enumerate(zip(blocks_a, blocks_b, strict=True)):
@@ -69,7 +69,7 @@ def compare_models(
                 one.name,
                 other.name,
                 compare(one.block, other.block, own_a.inputs[index], ctx=ctx, seed=seed),
-                between[index],
+                around[index],
                 deviation(own_b.inputs[index], own_a.inputs[index]),
                 deviation(own_b.outputs[index], own_a.outputs[index]),
             )
@@ -79,7 +79,7 @@ def compare_models(
         _name(a),
         _name(b),
         tuple(layers),
-        between[-1],
+        around[-1],
         deviation(own_b.logits, own_a.logits),
         tensors_apart(a, b),
         ids_BS,
@@ -210,17 +210,20 @@ def _leaving(
     return hook
 
 
-def _between(a: nn.Module, b: nn.Module, ids_BS: Tensor) -> list[float]:
-    """Error in fp64 of what stands before each layer in b, and after the last one up to the
-    logits, on a's values: (layers + 1) numbers."""
+def _around(a: nn.Module, b: nn.Module, ids_BS: Tensor) -> list[float]:
+    """Error in fp64 of what stands around each block in b, and after the last decoder layer, on a's
+    values: (layers + 1) numbers."""
     with InDouble():
         exact_a = _run(_in_double(a), ids_BS)
         exact_b = _run(_in_double(b), ids_BS, instead=exact_a)
-    found, behind = [], 0.0
-    for index, entering in exact_a.inputs.items():
-        found.append(max(behind, deviation(exact_b.inputs[index], entering)))
-        behind = deviation(exact_b.after[index], exact_a.after[index])
-    return [*found, max(behind, deviation(exact_b.logits, exact_a.logits))]
+    around = [
+        max(
+            deviation(exact_b.inputs[index], entering),
+            deviation(exact_b.after[index], exact_a.after[index]),
+        )
+        for index, entering in exact_a.inputs.items()
+    ]
+    return [*around, deviation(exact_b.logits, exact_a.logits)]
 
 
 def _in_double(model: nn.Module) -> nn.Module:

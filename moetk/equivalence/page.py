@@ -103,9 +103,10 @@ def _model_headline(report: ModelReport) -> str:
     if report.first is None:
         apart = number(report.after)
         return f"They first differ between the last layer and the logits: {apart} apart in fp64."
-    if report.first.before > PARITY:
-        apart = number(report.first.before)
-        return f"They first differ before {report.first.name}: {apart} apart in fp64."
+    if report.first.around > PARITY:
+        apart = number(report.first.around)
+        where = f"around {report.first.name}, outside of its block"
+        return f"They first differ {where}: {apart} apart in fp64."
     stage = report.first.report.first
     assert stage is not None
     return f"They first differ in {report.first.name}, at {stage.stage}: {stage.why}."

@@ -61,7 +61,7 @@ def plot_layers(report: ModelReport) -> Figure:
          {"marker": "o", "ms": 7.5, "mfc": "white", "mec": QUIET, "color": "#c3cbd4", "ls": "-"}),
         ("worst stage at equal inputs", worst, {"marker": "o", "ms": 5, "color": COLOURS[0]}),
         ("as a function, in fp64", function, {"marker": "D", "ms": 4.5, "color": COLOURS[2]}),
-        ("before the layer, in fp64", [layer.before for layer in layers] + [report.after],
+        ("around the layer, in fp64", [layer.around for layer in layers] + [report.after],
          {"marker": "s", "ms": 4.5, "color": COLOURS[3]}),
     ]  # fmt: skip
     scale = LogScale.of([values for _, values, _ in series])

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from moetk import MoELayer, RouterContext, TokenChoice
 from moetk.dispatch import Capacity, Local
+from moetk.equivalence.stored import load_trace
 from moetk.experts import BankSpec, ClampedGated, ExpertBank, Gated, GptOssGated
 from moetk.layers.find import find_blocks
 from moetk.routers import (
@@ -30,7 +31,9 @@ from moetk.routers import (
     top_k,
 )
 from tests.layers.stock import replaced, stock
-from tests.tiny import EXTRA, H
+from tests.layers.versions import DTYPES as WRITTEN
+from tests.layers.versions import VERSIONS, block_of, path_of
+from tests.tiny import EXTRA, FAMILIES, H
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 
@@ -330,4 +333,14 @@ def _stock(seed: int, rng: random.Random) -> Pair:
     return Pair(seed, f"transformers' {family}, {way}", blocks[0], blocks[1], x, ctx, ties)
 
 
-WAYS = (_backend, _layout, _chunking, _token_order, _formula, _stock)
+def _version(seed: int, rng: random.Random) -> Pair:
+    """What another Transformers computed against this one's block, run by moetk."""
+    family = FAMILIES[seed // len(WAYS) % len(FAMILIES)]
+    dtype, backend = rng.choice(WRITTEN), rng.choice(["reference", "grouped"])
+    block, x, ctx = block_of(family, dtype, backend)
+    stored = load_trace(path_of(family, dtype, VERSIONS[0]))
+    way = f"transformers' {family}, of another version"
+    return Pair(seed, way, stored, block, x, ctx, True)
+
+
+WAYS = (_backend, _layout, _chunking, _token_order, _formula, _stock, _version)

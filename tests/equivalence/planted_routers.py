@@ -201,7 +201,7 @@ def _every_gth(self, scores_TE, logits_TE):
     return limited_TE.view(-1, self.groups, E_PER_GROUP).mT.flatten(1)
 
 
-E_PER_GROUP = 3
+E_PER_GROUP = 4
 
 
 def _limited(change):
@@ -252,7 +252,7 @@ INDICES = (
          "the smallest are chosen"),
     _ids("one choice more", lambda self, c: largest(c, 4), "another number of choices"),
     _ids("slice from one", lambda self, c: largest(c, 4)[:, 1:], "the best is left out"),
-    _ids("ids from one", lambda self, c: (largest(c, 3) + 1) % 12, "ids shifted by one"),
+    _ids("ids from one", lambda self, c: (largest(c, 3) + 1) % 16, "ids shifted by one"),
     _ids("last column overwritten",
          lambda self, c: torch.cat([largest(c, 3)[:, :2], largest(c, 3)[:, :1]], -1),
          "last choice repeats the first", duplicates=True),

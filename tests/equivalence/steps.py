@@ -5,6 +5,7 @@ Letters: T tokens, H hidden, E experts, K choices a token, I expert width, N row
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from moetk.experts import BankSpec, ExpertBank
 from moetk.kernels.selection import gather, in_best_groups, largest, normalise, softmax_over
 from moetk.routers import DeepSeekV3Router, GptOssRouter, LinearRouter, MixtralRouter
 
-T, H, E, K, I = 16, 12, 12, 3, 10
+T, H, E, K, I = 16, 16, 16, 3, 8
 
 
 def inputs(*shape: int) -> Tensor:
@@ -206,3 +207,45 @@ def routing(duplicates: bool = False) -> TokenChoice:
         ids_TK[::3, 2] = ids_TK[::3, 0]
     weights_TK = torch.rand(T, K, generator=generator) + 0.1
     return TokenChoice(ids_TK, weights_TK, E)
+
+
+class Dense(nn.Module):
+    """Every expert on every token, weighed by a (T, E) matrix: nothing inside can be overheard."""
+
+    def __init__(self, bank: ExpertBank) -> None:
+        super().__init__()
+        self.spec = bank.spec
+        for name, parameter in bank.named_parameters():
+            self.register_parameter(name, nn.Parameter(parameter.detach().clone()))
+
+    def weights(self, routing: TokenChoice) -> Tensor:
+        empty_TE = routing.weights_TK.new_zeros(len(routing.experts_TK), E)
+        return empty_TE.scatter_add(1, routing.experts_TK, routing.weights_TK)
+
+    def outputs(self, x_TH: Tensor) -> Tensor:
+        hidden_TEJ = torch.einsum("th,ejh->tej", x_TH, self.gate_up_proj)
+        inner_TEI = self.spec.activate(self.with_bias(hidden_TEJ, "gate_up_proj_bias"))
+        y_TEH = torch.einsum("tei,ehi->teh", inner_TEI, self.down_proj)
+        return self.with_bias(y_TEH, "down_proj_bias")
+
+    def with_bias(self, values_TEN: Tensor, name: str) -> Tensor:
+        bias_EN = getattr(self, name, None)
+        return values_TEN if bias_EN is None else values_TEN + bias_EN
+
+    def combine(self, y_TEH: Tensor, weights_TE: Tensor) -> Tensor:
+        return torch.einsum("teh,te->th", y_TEH, weights_TE)
+
+    def forward(self, x_TH: Tensor, routing: TokenChoice) -> Tensor:
+        return self.combine(self.outputs(x_TH), self.weights(routing).to(x_TH))
+
+
+def dense(right: ExpertBank, **steps: Any) -> Dense:
+    return type("Dense", (Dense,), steps)(right)
+
+
+def with_parameters(made: nn.Module, **changes: Callable[[Tensor], Tensor]) -> nn.Module:
+    """The module with parameters changed in place, as a wrongly read checkpoint does."""
+    with torch.no_grad():
+        for name, change in changes.items():
+            made.get_parameter(name).copy_(change(made.get_parameter(name)).clone())
+    return made

@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from tests.equivalence.planted import Planted
+from tests.equivalence.planted_experts import EXPERTS
 from tests.equivalence.planted_routers import ROUTERS
 
-PLANTED = ROUTERS
+PLANTED = (*ROUTERS, *EXPERTS)
 CASES = [(planted, dtype) for planted in PLANTED for dtype in planted.dtypes]
 
 

@@ -120,11 +120,10 @@ def _up_free(e: Evidence) -> Iterator[Evidence]:
 def _no_one(e: Evidence) -> Iterator[Evidence]:
     own = e.facts.get("activation")
     if isinstance(own, GptOssGated):
-        yield with_activation(e, lambda gate, up: own(gate, _clamp(up, own) - 1))
-
-
-def _clamp(up: Tensor, own: GptOssGated) -> Tensor:
-    return up.clamp(-own.limit, own.limit)
+        top, free = own.limit, _with_limit(own, torch.inf)
+        yield with_activation(
+            e, lambda gate, up: free(gate.clamp(max=top), up.clamp(-top, top) - 1)
+        )
 
 
 @otherwise(

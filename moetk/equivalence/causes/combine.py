@@ -165,11 +165,17 @@ def _duplicate(e: Evidence) -> Iterator[Tensor]:
 
 @cause(
     "one slot is lost",
+    "dispatched",
     "combined",
     fix="All choices of a token are summed, the first and the last too.",
 )
 def _lost(e: Evidence) -> Iterator[Tensor]:
-    if parts := _outputs(e):
+    if e.stage == "dispatched":
+        for slot in range(e.wanted.shape[1]):
+            kept_TK = e.wanted.clone()
+            kept_TK[:, slot] = False
+            yield kept_TK
+    elif parts := _outputs(e):
         y_TKH, weights_TK, _ = parts
         if weights_TK.shape[1] > 1:
             for slot in range(weights_TK.shape[1]):
@@ -218,7 +224,7 @@ def _bias_unweighed(e: Evidence) -> Iterator[Tensor]:
     if bias_EH is not None and parts:
         _, weights_TK, ids_TK = parts
         bias_TKH = only_used(e, rows_of(bias_EH, ids_TK))
-        yield e.wanted + ((1 - weights_TK)[..., None] * bias_TKH).sum(1)
+        yield e.wanted + ((1 - weights_TK.to(bias_TKH))[..., None] * bias_TKH).sum(1)
 
 
 COMBINE = (

@@ -78,7 +78,7 @@ def _exchanges(e: Evidence) -> Iterator[Tensor]:
     if e.stage == "expert_output":
         rows_TKI = value(e, "activation")
         moved_E = _by_expert(e, rows_TKI, down_EHI, e.parameters.get("down_bias"))
-    if moved_E is not None:
+    if moved_E is not None and not torch.equal(moved_E, torch.arange(len(up_EJH)).to(moved_E)):
         yield moved_E
     yield from _neighbours(up_EJH)
 

@@ -180,6 +180,10 @@ def test_weights_before_the_second_product_hide_the_output() -> None:
     mine, want = seen(Block(WeighsFirst)), seen(Block(Experts))
     assert set(want.values) - set(mine.values) == {"expert_output"}
     assert torch.allclose(mine.values["combined"], want.values["combined"], atol=1e-6)
+    # Judged by the weights that the experts got, not by the gate's own.
+    given = {"indices": want.values["indices"], "weights": torch.full((T, K), 7.0)}
+    assert "expert_output" in seen(Block(Experts), **given).values
+    assert "expert_output" not in seen(Block(WeighsFirst), **given).values
 
 
 @pytest.mark.parametrize("experts", [Normed, InHalves, OfCopies])

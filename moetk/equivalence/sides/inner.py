@@ -95,15 +95,15 @@ def _with_choices(
 ) -> list[tuple[Product, Tensor]] | None:
     """Each up product with (N,) the choice of each row, -1 = nobody's; None = it cannot be told."""
     flat_N, num_choices = asked.ids_TK.flatten(), asked.ids_TK.shape[1]
-    dtypes = {product.left_value.dtype for product in products}
-    if any(p.left_value.shape[1] != asked.x_TH.shape[1] for p in products) or len(dtypes) > 1:
+    dtype = products[0].left_value.dtype if products else asked.x_TH.dtype
+    if any(p.left_value.shape[1] != asked.x_TH.shape[1] for p in products):
         return None
 
     def inputs(choices_C: Tensor) -> Tensor:
         rows = asked.x_TH.detach()[choices_C // max(num_choices, 1)]
         if bank.scaled:
             rows = rows * asked.weights_TK.detach().flatten()[choices_C][:, None]
-        return rows.to(*dtypes)
+        return rows.to(dtype)
 
     parts = [
         (rows, (flat_N == expert).nonzero()[:, 0])

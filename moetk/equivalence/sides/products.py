@@ -79,9 +79,10 @@ class Products(TorchFunctionMode):
         result = func(*args, **kwargs)
         name = getattr(func, "__name__", "")
         if name in _PRODUCTS:
-            operands = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
+            named = [value for key, value in kwargs.items() if key != "out"]
+            operands = [t for t in (*args, *named) if isinstance(t, Tensor)]
             if len(operands) >= 2:
-                self._product(name, operands, result)
+                self._product(operands, result)
         elif name in _SUMS and args and isinstance(args[0], Tensor):
             self._sum(args[0], result)
         return result
@@ -94,25 +95,26 @@ class Products(TorchFunctionMode):
             value = result.detach().clone() if value is None else value
             product.summed, product.summed_value = result, value
 
-    def _product(self, name: str, operands: list[Tensor], result: Any) -> None:
+    def _product(self, operands: list[Tensor], result: Any) -> None:
         left, right = operands[:2]
         part = self._part(right)
         if part is None:
             return
         matrices = self.bank.up if part == "up" else self.bank.down
+        grouped = right.ndim == 3
+        ends = [t for t in operands[2:] if not t.is_floating_point()]
         # linear(x, w, b) has added the bias already.
-        biased = name == "linear" and len(operands) > 2
-        whole = right.numel() == (matrices if right.ndim == 3 else matrices[0]).numel()
-        if left.ndim != 2 or right.ndim not in (2, 3) or not whole or biased:
+        plain = left.ndim == 2 and len(operands) == 2 + grouped and len(ends) == grouped
+        if not plain or right.numel() != (matrices if grouped else matrices[0]).numel():
             self.clear = False
             return
         expert: int | None = None
         offsets: tuple[int, ...] = ()
-        if right.ndim == 2:
+        if grouped:
+            offsets = tuple(int(end) for end in ends[0].tolist())
+        else:
             start = right.storage_offset() - matrices.storage_offset()
             expert = start // max(matrices.stride(0), 1)
-        else:
-            offsets = tuple(int(end) for end in operands[2].tolist())
         self.made.append(
             Product(
                 part,

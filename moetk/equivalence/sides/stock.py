@@ -36,11 +36,13 @@ from moetk.layers.families import Family, family_of
 
 @dataclass(eq=False)
 class _Call:
-    """What was seen in one call: the gate's outputs, the experts' arguments and their output."""
+    """What was seen in one call: the gate's outputs, the block's own weights for the experts, what
+    the experts were asked (with given weights, where there are any), and their output."""
 
     choosing: Choosing
     products: Products | None
     gate: list[Tensor] = field(default_factory=list)
+    weights_TK: Tensor | None = None
     asked: Asked | None = None
     combined: Tensor | None = None
     output_TH: Tensor | None = None
@@ -131,8 +133,9 @@ class StockSide(BlockSide):
     ) -> Stages:
         asked, combined = _asked(call), call.combined
         assert combined is not None and call.output_TH is not None
-        ids_TK, shape = asked.ids_TK, x_TH.shape
-        stages: Stages = {"indices": ids_TK, "weights": asked.weights_TK}
+        assert call.weights_TK is not None
+        ids_TK = asked.ids_TK
+        stages: Stages = {"indices": ids_TK, "weights": call.weights_TK}
         logits = self._logits(call)
         if logits is not None:
             stages["logits"] = _flat(logits, len(x_TH))
@@ -143,15 +146,15 @@ class StockSide(BlockSide):
         choice = None if chosen is None else call.choosing.selections[chosen].choice_TE
         if choice is not None:
             stages["choice"] = choice
-        wide = next((t for t in (choice, scores, logits) if t is not None), None)
-        num_experts = len(self._bank.up) if wide is None and self._bank else 0
-        num_experts = num_experts if wide is None else wide.shape[-1]
+        wide = [t.shape[-1] for t in (choice, scores, logits) if t is not None]
+        num_experts = wide[0] if wide else self.facts.get("num_experts")
 
         def forward(block: nn.Module, x_TH: Tensor) -> Tensor:
             with Choosing(gate_of(block), number, given.get("indices")):
                 return call_block(block, x_TH, ctx, self.name)
 
-        stages["counts"] = self._counts(ids_TK, num_experts, ctx, forward, x_TH)
+        if num_experts is not None:
+            stages["counts"] = self._counts(ids_TK, num_experts, ctx, forward, x_TH)
         stages["dispatched"] = torch.ones_like(ids_TK, dtype=torch.bool)
         stages["combined"] = _flat(combined, len(x_TH))
         if call.products is not None:
@@ -159,14 +162,14 @@ class StockSide(BlockSide):
             stages |= inner.stages
             if inner.computed_TK is not None:
                 stages["dispatched"] = inner.computed_TK
-        if not torch.equal(call.output_TH, combined.reshape(shape)):
+        if not torch.equal(call.output_TH, combined.reshape(x_TH.shape)):
             stages["output"] = call.output_TH
         return stages
 
     def _logits(self, call: _Call) -> Tensor | None:
         """The gate's floating output that is neither the weights nor already a score."""
         for tensor in call.gate:
-            if tensor.is_floating_point() and tensor is not _asked(call).weights_TK:
+            if tensor.is_floating_point() and tensor is not call.weights_TK:
                 return None if call.choosing.squashed(tensor) else tensor
         return None
 
@@ -195,8 +198,9 @@ def _note_arguments(call: _Call, given: Given, name: str) -> Any:
             raise EquivalenceError(
                 f"{name} calls its experts more than once; compare knows blocks that do it once."
             )
-        call.asked = Asked(floats[0], ids, floats[1])
         forced = given.get("weights")
+        call.weights_TK = floats[1]
+        call.asked = Asked(floats[0], ids, floats[1] if forced is None else forced)
         if forced is None:
             return None
         if forced.shape != ids.shape:

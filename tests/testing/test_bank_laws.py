@@ -94,7 +94,7 @@ def doubled(x_TH: Tensor, routing: Routing) -> Tensor:
 @pytest.mark.parametrize("backend", ["reference", "grouped"])
 @pytest.mark.parametrize("name", SPECS)
 def test_moetk_banks_keep_every_law(name: str, backend: str) -> None:
-    report = check_expert_bank(bank_of(name, backend), examples=7)
+    report = check_expert_bank(bank_of(name, backend), examples=4)
     silent = {one.law.number for one in report.having("not applicable")}
     assert (
         silent
@@ -111,7 +111,7 @@ def test_moetk_banks_keep_every_law(name: str, backend: str) -> None:
 
 @pytest.mark.parametrize("bank", [OneLayerEach(), DenseStack(), doubled], ids=lambda b: repr(b)[:9])
 def test_users_banks_keep_every_law_that_speaks_of_them(bank: object) -> None:
-    report = check_expert_bank(bank, hidden_size=H, num_experts=E, examples=7)
+    report = check_expert_bank(bank, hidden_size=H, num_experts=E, examples=4)
     silent = {one.law.number for one in report.having("not applicable")}
     needs_spec = {"B23", "B25", "B27", "B28", "B29", "B30"}
     other_kinds = {"B9", "B10"}

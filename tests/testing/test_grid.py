@@ -74,7 +74,7 @@ REFUSED: dict[tuple[str, str], type[MoetkError]] = {
 
 @pytest.fixture(autouse=True)
 def one_noise_for_all_dtypes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch.randn gives other numbers in float64 than in float32: the truth has to hear the same."""
+    """torch.randn draws other numbers in float64 than in float32: the truth hears the same."""
 
     def normal(t: Tensor, ctx: RouterContext, draw: int = 0) -> Tensor:
         return normal_like(t.float(), ctx, draw).to(t.dtype)

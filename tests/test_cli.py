@@ -1,17 +1,21 @@
 """The command line: exit codes, one-line errors, and what is shown while a sweep runs."""
 
 import io
+import json
 import subprocess
 import sys
 from functools import partial
 
 import pytest
+import torch
 from rich.console import Console
 
 from moetk import cli
+from moetk.equivalence.watch import watched
 from moetk.sweep import runner
 from moetk.sweep.plan import Cell
 from moetk.sweep.watch import Bars, Lines, watch_for
+from tests.tiny import tiny
 
 CELL = """
 import sys
@@ -123,6 +127,118 @@ def test_wrong_words_are_exit_code_2(moetk, tmp_path):
         assert moetk(*words)[0] == 2
     code, _, err = moetk("sweep", "toy.toml", "--retry", "ok")
     assert code == 2 and "failed, timeout, diverged" in err
+
+
+PARTS = """
+import torch
+import moetk
+from moetk.routers import MixtralRouter
+
+def layer(hidden_size=16, renormalise=True):
+    torch.manual_seed(0)
+    router = MixtralRouter(hidden_size, 4, 2, renormalise=renormalise)
+    return moetk.MoELayer(router, moetk.ExpertBank(hidden_size, 4, 8))
+
+def wrong():
+    return layer(renormalise=False)
+
+def wide():
+    return layer(24)
+
+def stages(x_TH):
+    return {"logits": x_TH * 2}
+
+def broken():
+    raise RuntimeError("no [luck]")
+"""
+
+
+@pytest.fixture
+def parts(tmp_path, monkeypatch):
+    """The name of a module that lies in the current folder and nowhere else."""
+    name = f"parts_of_{tmp_path.name.replace('-', '_')}"
+    (tmp_path / f"{name}.py").write_text(PARTS)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    return name
+
+
+def test_equal_parts_are_exit_code_0(moetk, parts, tmp_path):
+    code, out, err = moetk("compare", f"{parts}:layer", f"{parts}:layer", "--repro", "repro")
+    assert code == 0 and "verdict   no stage differs" in out and err == ""
+    assert not (tmp_path / "repro").exists()
+    code, out, _ = moetk("compare", f"{parts}:stages", f"{parts}:stages", "--hidden-size", 8)
+    assert code == 0 and "logits" in out and "64x8" in out
+
+
+def test_parts_that_differ_are_exit_code_1_and_leave_a_page_and_a_test(moetk, parts, tmp_path):
+    files = ("--out", "page.html", "--json", "found.json", "--repro", "repro")
+    words = (f"{parts}:layer", f"{parts}:wrong", "--batch", 1, "--length", 12, "--seed", 3)
+    code, out, _ = moetk("compare", *words, *files, "--dtype", "float64")
+    assert code == 1 and "first     weights" in out and "12x16" in out and "fp64" in out
+    page = (tmp_path / "page.html").read_text()
+    assert f"moetk compare {parts}:layer {parts}:wrong --batch 1" in page
+    assert json.loads((tmp_path / "found.json").read_text())["seed"] == 3
+    assert f"from {parts} import wrong" in (tmp_path / "repro" / "test_repro.py").read_text()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("nowhere", "HERE:layer"), "ConfigError: nowhere is not a folder. Name a checkpoint's"),
+        (("HERE:layer", "HERE:none"), "has no 'none'"),
+        (("HERE:layer", "HERE:wide"), "a has hidden size 16, b has 24: no x fits both."),
+        (("HERE:stages", "HERE:stages"), "give it by --hidden-size"),
+        (("HERE:broken", "HERE:layer"), ":broken cannot be made: RuntimeError: no [luck]"),
+        (("HERE:layer", "HERE:layer", "--dtype", "int4"), "one of float64, float32, bfloat16"),
+        (("HERE:layer", "HERE:layer", "--text", "t"), "parts are compared on hidden states"),
+    ],
+)
+def test_what_cannot_be_compared_is_exit_code_2(moetk, parts, words, message):
+    code, out, err = moetk("compare", *(word.replace("HERE", parts) for word in words))
+    assert code == 2 and out == ""
+    assert message in " ".join(err.replace("│", "").split())
+
+
+def test_two_checkpoints(moetk, tmp_path, monkeypatch):
+    model = tiny("qwen3_moe")
+    model.save_pretrained(tmp_path / "a")
+    with torch.no_grad():
+        model.model.layers[1].mlp.gate.weight.mul_(1.5)
+    model.save_pretrained(tmp_path / "b")
+    tiny("qwen3_moe", num_hidden_layers=1).save_pretrained(tmp_path / "short")
+    (tmp_path / "text").write_bytes(bytes(range(256)))
+    monkeypatch.setattr(sys, "path", list(sys.path))
+
+    words = ("--text", "text", "--batch", 2, "--length", 8)
+    code, out, err = moetk("compare", "a", "b", *words, "--repro", "repro", "--out", "page.html")
+    assert code == 1 and "layer     model.layers.1.mlp" in out and "compared  b against a" in out
+    assert "Loading" not in err
+    assert 'get_submodule("model.layers.1.mlp")' in (tmp_path / "repro/test_repro.py").read_text()
+    assert "<title>b against a" in (tmp_path / "page.html").read_text()
+
+    code, _, err = moetk("compare", "a", "short")
+    assert code == 2 and "mixture-of-experts layers: 2 in a" in err and "1 in b" in err
+    code, _, err = moetk("compare", "a", "b", "--text", "text", "--length", 999)
+    assert code == 2 and "text has 256 bytes; 2 sequences of 999 need 1998" in err
+    code, _, err = moetk("compare", "a", "b", "--text", "missing")
+    assert code == 2 and "missing cannot be read (No such file or directory)" in err
+    (tmp_path / "b" / "model.safetensors").write_bytes(b"short")
+    code, _, err = moetk("compare", "a", "b")
+    assert code == 2 and "b cannot be made: SafetensorError" in err
+
+
+def test_a_model_and_a_part_are_not_compared(moetk, parts, tmp_path):
+    tiny("qwen3_moe").save_pretrained(tmp_path / "a")
+    code, _, err = moetk("compare", "a", f"{parts}:layer")
+    assert code == 2 and "a is a model" in err and "is no model: compare two models" in err
+
+
+def test_comparing_shows_a_bar_on_a_terminal_alone():
+    for terminal in (True, False):
+        out = io.StringIO()
+        with watched(Console(file=out, width=80, force_terminal=terminal)) as progress:
+            progress("model.layers.[0].mlp", 1, 3)
+        assert ("model.layers.[0].mlp" in out.getvalue()) == terminal
 
 
 def test_the_module_runs_without_torch_for_a_wrong_file(tmp_path):

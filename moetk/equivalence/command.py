@@ -129,7 +129,7 @@ def _made(source: Source) -> Any:
     except ConfigError:
         raise
     except Exception as error:
-        raise ConfigError(f"{source.name} raised {type(error).__name__}: {error}") from error
+        raise ConfigError(f"{source.name} cannot be made: {type(error).__name__}: {error}") from error
 
 
 def _is_model(part: Any) -> bool:

@@ -100,12 +100,9 @@ def _checkpoint(folder: Path, dtype: str | None) -> Source:
     def make() -> Any:
         from transformers import AutoModelForCausalLM
 
-        try:
-            return AutoModelForCausalLM.from_pretrained(
-                folder, dtype=dtype or "auto", local_files_only=True, use_safetensors=True
-            )
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
-            raise ConfigError(f"{folder} cannot be loaded: {error}") from error
+        return AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype or "auto", local_files_only=True, use_safetensors=True
+        )
 
     return Source(
         str(folder),

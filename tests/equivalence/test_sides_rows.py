@@ -176,9 +176,9 @@ def test_one_of_two_equal_ids_dropped_is_not_dispatched() -> None:
     assert not mine.values["up"][lost].any()
 
 
-def test_weights_before_the_second_product_hide_the_output() -> None:
+def test_weights_before_the_second_product_hide_what_they_are_in() -> None:
     mine, want = seen(Block(WeighsFirst)), seen(Block(Experts))
-    assert set(want.values) - set(mine.values) == {"expert_output"}
+    assert set(want.values) - set(mine.values) == {"activation", "expert_output"}
     assert torch.allclose(mine.values["combined"], want.values["combined"], atol=1e-6)
     # Judged by the weights that the experts got, not by the gate's own.
     given = {"indices": want.values["indices"], "weights": torch.full((T, K), 7.0)}

@@ -49,8 +49,8 @@ def inner_stages(products: Products, asked: Asked, combined_TH: Tensor) -> Inner
     (T, K, I); expert_output (T, K, H), with its bias and before the routing weight. Rows of zeros
     where nothing was computed.
 
-    A stage is left out where its rows cannot be told for certain, and expert_output where the
-    experts weigh before their second product.
+    A stage is left out where its rows cannot be told for certain; activation and expert_output
+    where the experts weigh before their second product, which then has neither.
     """
     bank, made = products.bank, products.made
     if not products.clear or (not made and bool((asked.ids_TK >= 0).any())):
@@ -83,6 +83,8 @@ def inner_stages(products: Products, asked: Asked, combined_TH: Tensor) -> Inner
         output = _scattered([piece for piece in outputs if piece], asked, bank.hidden_size)
         if _weighs_after(output, asked, combined_TH):
             stages["expert_output"] = output
+        else:
+            del stages["activation"]
     return Inner(stages, computed_N.view(asked.ids_TK.shape))
 
 

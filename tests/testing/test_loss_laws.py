@@ -95,7 +95,7 @@ def test_moetks_own_losses_keep_every_law_that_speaks_about_them(name):
     assert all(outcome.reason for outcome in report.having("not applicable"))
 
 
-@pytest.mark.parametrize(("num_experts", "top_k"), [(1, 1), (3, 3), (5, 1), (16, 6)])
+@pytest.mark.parametrize(("num_experts", "top_k"), [(1, 1), (2, 1), (3, 3), (128, 8)])
 @pytest.mark.parametrize("name", OWN)
 def test_they_keep_them_at_other_sizes(name, num_experts, top_k):
     check_loss(OWN[name][0], num_experts=num_experts, top_k=top_k, examples=2)
@@ -106,7 +106,7 @@ def test_every_law_is_broken_by_its_broken_part(law):
     outcome = judge_law(law, law.broken(), examples=50)
     assert outcome.status == "broken"
     assert REASONS[law.number] in outcome.reason
-    assert outcome.case is not None and len(outcome.case["logits_TE"]) <= 32
+    assert outcome.case is not None and len(outcome.case["logits_TE"]) <= 33
 
 
 def test_laws_are_numbered_once_and_say_where_they_are_from():

@@ -29,7 +29,8 @@ def _gaussian(g: Generator, T: int, E: int) -> Tensor:
 
 def _spaced(g: Generator, T: int, E: int) -> Tensor:
     order_TE = _gaussian(g, T, E).argsort(-1)
-    return 0.5 * (order_TE.double() - E / 2)
+    # Not above 0, where sigmoids would crowd below 1.
+    return -0.5 * order_TE.double()
 
 
 def _rotated(g: Generator, T: int, E: int) -> Tensor:
@@ -107,7 +108,10 @@ def build_case(
     Tensors are fp32: weights_TK (the scores of the chosen), logits_TE, scores_TE, choice_TE,
     std_TE (the noise's; 0.5 where it is not given); experts_TK is int64.
     """
-    scores_TE = logits_TE.softmax(-1) if score == "softmax" else logits_TE.sigmoid()
+    if score == "softmax":
+        scores_TE = logits_TE.softmax(-1)
+    else:  # not below what fp32 can divide by: a gradient of 1 / score would be no number
+        scores_TE = logits_TE.sigmoid().clamp(min=1e-30)
     choice_TE = logits_TE if choice_TE is None else choice_TE
     if experts_TK is None:
         experts_TK = choice_TE.topk(top_k, -1).indices

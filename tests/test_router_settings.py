@@ -22,7 +22,9 @@ from moetk.routers import (
     NoisyTopKRouter,
     SoftMoERouter,
     SwitchRouter,
+    jitter,
     largest,
+    normal_like,
     random_table,
     top_k_as_summed,
 )
@@ -165,3 +167,18 @@ def test_choosing_at_its_borders():
         random_table(1, 3, 4)
     with raises("random_table: top_k=5 but num_experts=3; need 1 <= top_k <= 3."):
         random_table(1, 3, 5)
+
+
+def test_the_same_noise_is_drawn_by_every_version():
+    """A run that is resumed elsewhere goes on with the noise that it would have had."""
+    x_TH, ctx = torch.ones(4, 3), RouterContext(seed=7)
+    for draw, seed in (
+        (0, 1297462809),
+        (1, 2046153427),
+    ):  # 32 bits of SHA-256 of "7/0" and of "7/1"
+        normal_TH = torch.randn(4, 3, generator=torch.Generator().manual_seed(seed))
+        uniform_TH = torch.rand(4, 3, generator=torch.Generator().manual_seed(seed))
+        assert torch.equal(normal_like(x_TH, ctx, draw), normal_TH)
+        torch.testing.assert_close(jitter(x_TH, 0.25, ctx, draw), 0.75 + 0.5 * uniform_TH)
+    assert torch.equal(normal_like(x_TH, ctx), normal_like(x_TH, ctx, 0))
+    assert torch.equal(jitter(x_TH, 0.25, ctx), jitter(x_TH, 0.25, ctx, 0))

@@ -18,9 +18,7 @@ SHOWN = 8  # of the tensors that differ
 
 def table(report: ModelReport) -> str:
     """Every layer in a line, then the explanation."""
-    rows = [layer_cells(layer) for layer in report.layers]
-    rows.append(("logits", number(report.after), "-", "-", "-", "-", number(report.logits),
-                 "ok" if report.after <= PARITY else "differs"))  # fmt: skip
+    rows = [*(layer_cells(layer) for layer in report.layers), logits_cells(report)]
     lines = aligned(HEAD, rows, left={0, 7})
     return "\n".join([*lines, "", textwrap.fill(LEGEND, WIDTH), "", explain(report)])
 
@@ -74,6 +72,12 @@ def layer_cells(layer: LayerReport) -> tuple[str, ...]:
         number(layer.leaving),
         layer_verdict(layer),
     )
+
+
+def logits_cells(report: ModelReport) -> tuple[str, ...]:
+    """The last line: what comes after the layers."""
+    verdict = "ok" if report.after <= PARITY else "differs"
+    return ("logits", number(report.after), "-", "-", "-", "-", number(report.logits), verdict)
 
 
 def layer_verdict(layer: LayerReport) -> str:

@@ -11,7 +11,7 @@ from moetk.equivalence.compare import PARITY
 from moetk.equivalence.model_report import ModelReport
 from moetk.equivalence.model_table import HEAD as LAYER_HEAD
 from moetk.equivalence.model_table import LEGEND as LAYER_LEGEND
-from moetk.equivalence.model_table import layer_cells, tensor_words
+from moetk.equivalence.model_table import layer_cells, logits_cells, tensor_words
 from moetk.equivalence.plot import plot, plot_layers
 from moetk.equivalence.report import Report
 from moetk.equivalence.table import HEAD, LEGEND, cells, choices_line, number
@@ -81,7 +81,10 @@ def _of_models(report: ModelReport) -> dict[str, Any]:
     return {
         "headline": _model_headline(report),
         "first": shown.report,
-        "layers": tuple(Line(layer_cells(layer), layer.ok) for layer in report.layers),
+        "layers": (
+            *(Line(layer_cells(layer), layer.ok) for layer in report.layers),
+            Line(logits_cells(report), report.after <= PARITY),
+        ),
         "sections": tuple(_section(layer.report, layer.name) for layer in report.layers),
         "tensors": _tensors(report),
         "figures": [

@@ -155,10 +155,10 @@ class LogScale:
     def apply(self, axes: Axes) -> None:
         zero, low = self.place(0.0), self.bottom / self.stretch**1.8
         axes.set_yscale("log")
-        axes.set_ylim(low, self.top * self.stretch**2)
+        axes.set_ylim(low, self.top * self.stretch**2.4)
         axes.axhspan(low, self.bottom / self.stretch**0.35, color=GRID, alpha=0.55, lw=0)
         first, last = math.ceil(math.log10(self.bottom)), math.floor(math.log10(self.top))
-        powers = range(first, last + 1, max(1, (last - first) // 8))
+        powers = range(first, last + 1, max(1, math.ceil((last - first) / 8)))
         axes.set_yticks(
             [zero, *(10.0**power for power in powers)],
             ["0", *(f"$10^{{{power}}}$" for power in powers)],
@@ -186,11 +186,12 @@ def margin_histogram(axes: Axes, margins_T: Tensor, tied_T: Tensor, flipped_T: T
                       mec="white", mew=0.8, label=f"{name} ({len(places)})",
                       transform=axes.get_xaxis_transform())  # fmt: skip
     axes.set_xscale("log")
-    powers = range(round(low), high + 1, max(1, round(high - low) // 4))
-    ticks, names = [10.0**power for power in powers], [f"$10^{{{power}}}$" for power in powers]
-    if bool((margins_T == 0).any()):
-        ticks, names = [zero, *ticks], ["0", *names]
-    axes.set_xticks(ticks, names)
+    has_zero = bool((margins_T == 0).any())
+    powers = range(round(low) + has_zero, high + 1, max(1, math.ceil((high - low) / 4)))
+    ticks = {10.0**power: f"$10^{{{power}}}$" for power in powers} | (
+        {zero: "0"} if has_zero else {}
+    )
+    axes.set_xticks(list(ticks), list(ticks.values()))
     axes.minorticks_off()
     axes.grid(visible=False, axis="x")
     axes.set_xlabel("score of the last chosen minus the next")

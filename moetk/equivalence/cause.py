@@ -30,6 +30,7 @@ class Evidence:
     facts: the reference's (see Side.facts), other_facts: the other's. parameters: the reference's,
     by common names and in common layouts, in the dtype of a. tolerance: relative error up to which
     a prediction counts as what was read. ctx: what the routers were told.
+    seed: of the gradient that entered backward.
     """
 
     stage: str
@@ -43,6 +44,7 @@ class Evidence:
     parameters: Mapping[str, Tensor]
     tolerance: float
     ctx: RouterContext = field(default_factory=RouterContext)
+    seed: int = 0
 
     @property
     def wanted(self) -> Tensor:

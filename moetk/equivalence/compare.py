@@ -98,7 +98,7 @@ def compare(
     if report.first is None:
         return report
     told = ctx or RouterContext(batch_shape=(x.shape[0], x.shape[1]) if x.ndim == 3 else None)
-    evidence = _evidence(report.first, side_a, side_b, x_TH, function, arithmetic, told)
+    evidence = _evidence(report.first, side_a, side_b, x_TH, function, arithmetic, told, seed)
     return replace(report, causes=diagnose(evidence, CAUSES), evidence=evidence)
 
 
@@ -252,7 +252,8 @@ def _choices(
     if ids_a.shape != ids_b.shape:
         return Choices(0, 0, 0, len(ids_a), 0)
     if scores is None or scores[1].shape != scores[0].shape:
-        blank = torch.full((len(ids_a), int(max(ids_a.max(), ids_b.max(), 0)) + 1), math.nan)
+        largest = int(torch.cat([ids_a, ids_b]).amax()) if ids_a.numel() else 0
+        blank = torch.full((len(ids_a), max(largest, 0) + 1), math.nan)
         return compare_choices(ids_b, ids_a, blank, blank, error=0.0)
     return compare_choices(ids_b, ids_a, scores[0], scores[1], error=slack)
 
@@ -449,6 +450,7 @@ def _evidence(
     function: _Pass | None,
     dtypes: _Pass,
     ctx: RouterContext,
+    seed: int,
 ) -> Evidence:
     """From the fp64 pass where the function differs there, else from their own dtypes."""
     wrong_function = first.function is not None and not first.function <= PARITY
@@ -473,6 +475,7 @@ def _evidence(
         {name: leaf.common(leaf.tensor.detach()) for name, leaf in parameters.leaves().items()},
         tolerance,
         ctx,
+        seed,
     )
 
 

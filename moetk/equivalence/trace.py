@@ -142,15 +142,18 @@ def observe(
         if last is not None:
             roots.append((last, None))
         for name, gradient in (upstream or {}).items():
-            if name in stages and name in forced:
+            # A side that has none of its own shows what it was given.
+            if name in stages and name in forced and stages[name] is not forced[name]:
                 roots.append((stages[name], gradient))
         grads = _gradients(roots, stages, forced, leaves, x_TH, seed)
         losses = stages.get("losses")
-        if isinstance(losses, Tensor) and losses.requires_grad and losses.numel():
-            source = next((stages[n] for n in ("logits", "scores", "weights") if n in stages), x_TH)
-            wanted = source if isinstance(source, Tensor) else x_TH
-            (gradient,) = torch.autograd.grad(losses.sum(), [wanted], allow_unused=True)
-            grads["losses"] = torch.zeros_like(wanted) if gradient is None else gradient
+        source = next((stages[n] for n in ("logits", "scores", "weights") if n in stages), x_TH)
+        wanted = source if isinstance(source, Tensor) else x_TH
+        if isinstance(losses, Tensor) and losses.numel() and wanted.requires_grad:
+            grads["losses"] = torch.zeros_like(wanted)
+            if losses.requires_grad:
+                (found,) = torch.autograd.grad(losses.sum(), [wanted], allow_unused=True)
+                grads["losses"] = grads["losses"] if found is None else found
     grads |= {name.removeprefix("grad "): _whole(gradient) for name, gradient in told.items()}
     values = {name: _whole(stage).detach() for name, stage in stages.items()}
     if "choice" in values:  # a masked expert is out of reach, however low the number that says so
@@ -181,8 +184,6 @@ def _gradients(
             incoming.append(
                 cotangent(stage, seed) if gradient is None else gradient.to(stage.dtype)
             )
-    if not outputs:
-        return {}
     targets: dict[str, tuple[Tensor, ...]] = {"x": (x_TH,)}
     for name, stage in stages.items():
         # The loss has a gradient of its own; what is a root has the one that was handed in.
@@ -196,8 +197,15 @@ def _gradients(
     for name, leaf in leaves.items():
         if leaf.tensor.requires_grad:
             targets[name] = (leaf.tensor,)
+    if not outputs and set(targets) == {"x"}:
+        return {}  # code without a graph, in which no gradient is missing
     flat = [tensor for pieces in targets.values() for tensor in pieces]
-    found = iter(torch.autograd.grad(outputs, flat, incoming, allow_unused=True, retain_graph=True))
+    nothing: Sequence[Tensor | None] = [None] * len(flat)
+    found = iter(
+        torch.autograd.grad(outputs, flat, incoming, allow_unused=True, retain_graph=True)
+        if outputs
+        else nothing
+    )
     grads: dict[str, Tensor] = {}
     for name, pieces in targets.items():
         parts = [

@@ -17,7 +17,7 @@ from moetk.kernels.selection import (
     normalise,
     softmax_over,
 )
-from moetk.routers import DeepSeekV3Router, MixtralRouter
+from moetk.routers import DeepSeekV3Router
 from tests.equivalence.planted import Planted
 from tests.equivalence.steps import GROUPED, gpt_oss, mixtral, router, v3
 

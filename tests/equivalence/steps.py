@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from moetk import RouterContext, TokenChoice
 from moetk.experts import BankSpec, ExpertBank
 from moetk.kernels.selection import gather, in_best_groups, largest, normalise, softmax_over
-from moetk.routers import DeepSeekV3Router, GptOssRouter, LinearRouter, MixtralRouter
+from moetk.routers import DeepSeekV3Router, GptOssRouter, LinearRouter, MixtralRouter, SwitchRouter
 
-T, H, E, K, I = 16, 16, 16, 3, 8
+T, H, E, K, I = 14, 16, 16, 3, 8
 
 
 def inputs(*shape: int) -> Tensor:
@@ -97,8 +97,9 @@ class GptOss(InSteps, GptOssRouter):
 def router(kind: type[LinearRouter], settings: dict[str, Any], **steps: Any) -> LinearRouter:
     """A router with drawn parameters and biases; steps: methods to put in the place of its own."""
     torch.manual_seed(0)
-    made = type(kind.__name__, (kind,), steps)(H, E, K, **settings) if steps else None
-    made = kind(H, E, K, **settings) if made is None else made
+    top_k = settings.get("top_k", 1 if issubclass(kind, SwitchRouter) else K)
+    settings = {name: value for name, value in settings.items() if name != "top_k"}
+    made = (type(kind.__name__, (kind,), steps) if steps else kind)(H, E, top_k, **settings)
     with torch.no_grad():
         made.weight.normal_(std=0.6)
         for name in ("bias", "e_score_correction_bias"):

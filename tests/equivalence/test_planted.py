@@ -7,9 +7,11 @@ import torch
 
 from tests.equivalence.planted import Planted
 from tests.equivalence.planted_experts import EXPERTS
+from tests.equivalence.planted_gradients import GRADIENTS
+from tests.equivalence.planted_layers import LAYERS
 from tests.equivalence.planted_routers import ROUTERS
 
-PLANTED = (*ROUTERS, *EXPERTS)
+PLANTED = (*ROUTERS, *EXPERTS, *LAYERS, *GRADIENTS)
 CASES = [(planted, dtype) for planted in PLANTED for dtype in planted.dtypes]
 
 

@@ -50,7 +50,6 @@ def _token_order(e: Evidence) -> Iterator[Tensor]:
 @cause(
     "negated",
     *BY_TOKEN,
-    "losses",
     fix="The sign is turned round.",
 )
 def _negated(e: Evidence) -> Iterator[Tensor]:
@@ -60,7 +59,6 @@ def _negated(e: Evidence) -> Iterator[Tensor]:
 @cause(
     "missing: all zero",
     *BY_TOKEN,
-    "losses",
     "counts",
     fix="Nothing was written here: look for a buffer that was never filled, or a mask that is "
     "never true.",

@@ -47,8 +47,8 @@ def _several(e: Evidence) -> Iterator[Tensor]:
     fix="Only choices that found a place are counted here.",
 )
 def _dropped_counted(e: Evidence) -> Iterator[Tensor]:
-    ids_TK = value(e, "indices")
-    if ids_TK is not None:
+    ids_TK, used_TK = value(e, "indices"), used(e)
+    if ids_TK is not None and used_TK is not None and not torch.equal(used_TK, ids_TK >= 0):
         yield _count(ids_TK, e)
 
 
@@ -59,7 +59,7 @@ def _dropped_counted(e: Evidence) -> Iterator[Tensor]:
 )
 def _dropped_not_counted(e: Evidence) -> Iterator[Tensor]:
     ids_TK, used_TK = value(e, "indices"), used(e)
-    if ids_TK is not None and used_TK is not None:
+    if ids_TK is not None and used_TK is not None and not torch.equal(used_TK, ids_TK >= 0):
         yield _count(ids_TK, e, used_TK.long())
 
 
@@ -70,7 +70,7 @@ def _dropped_not_counted(e: Evidence) -> Iterator[Tensor]:
 )
 def _duplicates_once(e: Evidence) -> Iterator[Tensor]:
     ids_TK = value(e, "indices")
-    if ids_TK is not None:
+    if ids_TK is not None and bool(repeats(ids_TK).any()):
         yield _count(ids_TK, e, ~repeats(ids_TK))
 
 
@@ -136,7 +136,7 @@ def _importance(e: Evidence) -> Iterator[Tensor]:
 )
 def _first_alone(e: Evidence) -> Iterator[Tensor]:
     ids_TK = value(e, "indices")
-    if ids_TK is not None:
+    if ids_TK is not None and ids_TK.shape[1] > 1:
         yield _count(ids_TK[:, :1], e)
 
 
@@ -148,7 +148,7 @@ def _first_alone(e: Evidence) -> Iterator[Tensor]:
 )
 def _unused(e: Evidence) -> Iterator[Tensor]:
     ids_TK = value(e, "indices")
-    if ids_TK is not None:
+    if ids_TK is not None and bool((ids_TK < 0).any()):
         yield _count(ids_TK.clamp(min=0), e)
         yield _count(ids_TK % len(e.wanted), e)
 

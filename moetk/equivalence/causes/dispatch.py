@@ -35,12 +35,14 @@ def _num_experts(e: Evidence) -> int:
 def _kept(e: Evidence, places: int, *, whole_batch: bool = False, padding: bool = False) -> Tensor:
     """As the reference serves, with another number of places."""
     ids_TK, capacity = e.a.values["indices"], e.facts["capacity"]
+    if places < 1:
+        return torch.zeros_like(ids_TK, dtype=torch.bool)
     ctx = replace(e.ctx, batch_shape=None) if whole_batch else e.ctx
     ctx = replace(ctx, token_mask=None) if padding else ctx
     _, length = sequences(ctx, len(ids_TK))
     wanted = max(length * ids_TK.shape[1], 1)
     # The factor that makes ceil(factor * S * K / E) the places asked for.
-    factor = max(places - 0.5, 1e-6) * _num_experts(e) / wanted
+    factor = (places - 0.5) * _num_experts(e) / wanted
     other = Capacity(factor, capacity.order)
     kept_TK = other(_routing(e), ctx).kept_TK
     assert kept_TK is not None

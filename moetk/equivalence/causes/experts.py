@@ -100,8 +100,10 @@ def _other_expert(e: Evidence) -> Iterator[Evidence]:
     whole = {name: e.parameters[name] for name in _BANK if name in e.parameters}
     up = {name: one for name, one in whole.items() if name.startswith("up")}
     down = {name: one for name, one in whole.items() if name.startswith("down")}
+    # What is projected down comes after "up" and "activation", and cannot have moved them.
+    parts = (whole, up, down) if e.stage in AFTER_ACTIVATION else (up,)
     for moved_E in _exchanges(e):
-        for part in (whole, up, down):
+        for part in parts:
             yield with_parameters(e, **{name: one[moved_E] for name, one in part.items()})
 
 

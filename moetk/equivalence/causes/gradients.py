@@ -21,6 +21,7 @@ from moetk.equivalence.causes.values import (
     softmax,
     value,
 )
+from moetk.equivalence.trace import cotangent
 from moetk.experts import ClampedGated, GptOssGated
 
 ANY = tuple(
@@ -107,10 +108,11 @@ def _duplicate(e: Evidence) -> Iterator[Tensor]:
 
 def _to_logits(e: Evidence, weigh: Callable[[Tensor], Tensor]) -> Iterator[Tensor]:
     """The logits' gradient if the weights were this function of the chosen scores, (T, K) each."""
-    logits_TE, ids_TK = value(e, "logits"), value(e, "indices")
-    arriving_TK = e.a.grads.get("weights")
-    if logits_TE is None or ids_TK is None or arriving_TK is None:
+    logits_TE, ids_TK, shown_TK = (value(e, s) for s in ("logits", "indices", "weights"))
+    if logits_TE is None or ids_TK is None or shown_TK is None:
         return
+    # A router alone ends at its weights, where the gradient enters.
+    arriving_TK = e.a.grads.get("weights", cotangent(shown_TK, e.seed))
     with torch.enable_grad():
         leaf_TE = logits_TE.detach().requires_grad_()
         weights_TK = weigh(at((score_function(e) or softmax)(leaf_TE), ids_TK))

@@ -208,6 +208,15 @@ def _missing(e: Evidence) -> Iterator[Tensor]:
 
 
 @cause(
+    "a loss is negated",
+    "losses",
+    fix="The sign is turned round: a loss is added to what is minimised.",
+)
+def _negated(e: Evidence) -> Iterator[Tensor]:
+    yield _where_wrong(e, -e.wanted)
+
+
+@cause(
     "a loss is scaled by a constant",
     "losses",
     fix="Compare coefficients, means and sums.",
@@ -256,5 +265,6 @@ LOSSES = (
     _first,
     _scope,
     _missing,
+    _negated,
     _scaled,
 )

@@ -59,7 +59,10 @@ def step(module: nn.Module, forward: Forward, x_TH: Tensor) -> None:
 
     x_TH = x_TH.detach().clone().requires_grad_()
     with torch.enable_grad():
-        checkpoint(squared, x_TH, use_reentrant=False).float().sum().backward()
+        total = checkpoint(squared, x_TH, use_reentrant=False).float().sum()
+        # Tensor.backward would step out of a TorchFunctionMode such as InDouble, and the forward
+        # would run again in other dtypes.
+        torch.autograd.backward(total)
 
 
 def committed(attachment: Any, run: Callable[[], None]) -> Tensor | None:

@@ -114,7 +114,8 @@ def _stage(name: str, value: Any, device: torch.device) -> Tensor:
     tensor = value if isinstance(value, Tensor) else _converted(value).to(device)
     if name == "dispatched":
         return tensor.bool()
-    return tensor.long() if name in EXACT else tensor
+    whole = name in EXACT and bool((tensor == tensor.round()).all())
+    return tensor.long() if whole else tensor
 
 
 def _converted(array: Any) -> Tensor:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
+from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 COLOURS: dict[Status, str] = {"kept": "#009e73", "broken": "#d55e00", "not applicable": "#e4e7eb"}
 INK, QUIET = "#1f2933", "#7b8794"
 TILES = 10  # a row
+TITLE = 32  # characters a line, over the matrix
 LARGEST = 24  # rows and columns of a matrix that are still read one by one
 STYLE: dict[str, Any] = {
     "font.family": "DejaVu Sans",  # comes with matplotlib: the picture is the same everywhere
@@ -79,13 +81,18 @@ def _tiles(axes: Axes, report: LawReport) -> None:
         colour = QUIET if outcome.status == "not applicable" else "white"
         weight = "bold" if outcome.status == "broken" else "normal"
         axes.text(
-            column + 0.5, row + 0.5, outcome.law.number, ha="center", va="center",
-            color=colour, fontweight=weight,
-        )  # fmt: skip
+            column + 0.5,
+            row + 0.5,
+            outcome.law.number,
+            ha="center",
+            va="center",
+            color=colour,
+            fontweight=weight,
+        )
     rows = -(-len(report.outcomes) // TILES)
     axes.set(xlim=(0, TILES), ylim=(rows + 1.1, 0), aspect="equal")
     axes.axis("off")
-    axes.set_title(report.summary(), loc="left", fontsize=10, fontweight="bold", wrap=True)
+    axes.set_title(report.summary(), loc="left", fontsize=10, fontweight="bold")
     for place, (status, colour) in enumerate(COLOURS.items()):
         axes.scatter(3 * place + 0.4, rows + 0.65, s=60, marker="s", color=colour)
         number = len(report.having(status))
@@ -100,14 +107,12 @@ def _matrix(axes: Axes, outcome: Outcome) -> None:
     for token, expert in (~weights_TE.isnan()).nonzero().tolist():
         weight = float(weights_TE[token, expert])
         dark = weight > 0.6 * float(weights_TE.nan_to_num().max())
-        colour = "white" if dark else INK
-        axes.text(
-            expert, token, f"{weight:.2g}", ha="center", va="center", fontsize=8, color=colour
-        )
+        ink = "white" if dark else INK
+        axes.text(expert, token, f"{weight:.2g}", ha="center", va="center", fontsize=8, color=ink)
     axes.set_xticks(range(weights_TE.shape[1]))
     axes.set_yticks(range(weights_TE.shape[0]))
     axes.set(xlabel="expert", ylabel="token")
     axes.tick_params(length=0, labelsize=8, colors=QUIET)
     axes.spines[:].set_visible(False)
-    title = f"{outcome.law.number} {outcome.law.title}: the smallest case that breaks it"
-    axes.set_title(title, loc="left", fontsize=9, wrap=True)
+    law = fill(f"{outcome.law.number} {outcome.law.title}", TITLE)
+    axes.set_title(f"{law}\nbreaks on this routing", loc="left", fontsize=9)

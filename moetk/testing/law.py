@@ -79,7 +79,8 @@ class Law(Generic[S]):
     def judge(self, subject: S, case: Case) -> None:
         """Check one case. The same case is the same world: a part's own randomness starts anew."""
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
+            # torch.manual_seed would format a stack for every kind of device, each time
+            torch.default_generator.manual_seed(0)
             self.check(subject, case)
 
 

@@ -198,7 +198,7 @@ class TakesFromTheBatch(ScoredRouter):
 
 @law(
     "R24",
-    "an expert takes equally many tokens of each sequence, none twice",
+    "an expert takes equally many of each sequence",
     formula="|{c: tokens_ec in sequence b}| = C / B for all e, b; all tokens_ec distinct",
     source="expert choice, arXiv 2202.09368, section 3.1: perfect load balance by construction",
     cases=inputs(),

@@ -183,7 +183,7 @@ def _unless_soft(subject: RouterSubject) -> str | None:
 
 @law(
     "R29",
-    "slots mix all real tokens of a sequence, tokens mix all slots",
+    "slots mix tokens, tokens mix slots, by shares",
     formula="sum_s dispatch_bsp = 1 (0 where all is padding); sum_p combine_bsp = 1",
     source="Soft MoE, arXiv 2308.00951, equations 1 and 2",
     cases=inputs(least_length=1, added=padded_with_others),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -69,3 +70,9 @@ def test_every_path_the_readme_names_exists(path: str) -> None:
 def test_the_table_is_what_the_rows_say() -> None:
     command = [sys.executable, str(ROOT / "scripts" / "readme_table.py"), "--check"]
     assert subprocess.run(command, check=False).returncode == 0
+
+
+def test_the_comparison_is_what_the_report_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["readme_compare.py", "--check"])
+    main = runpy.run_path(str(ROOT / "scripts" / "readme_compare.py"))["main"]
+    assert main() == 0

@@ -1,0 +1,60 @@
+"""Writes the README's comparison: runs its code as it stands there, and puts below it what the
+report prints and draws.
+
+    python scripts/readme_compare.py [--check]
+
+--check writes nothing and exits 1 when the README's words differ from the report's; numbers may,
+since rounding is a processor's own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import moetk
+
+ROOT = Path(__file__).resolve().parents[1]
+FIGURE = ROOT / "scripts" / "results" / "compare.svg"
+BEGIN, END = "<!-- scripts/readme_compare.py -->", "<!-- end -->"
+
+
+def compared(code: str) -> Any:
+    """The report that the README's code makes; a bank is there already where a reader gets to."""
+    torch.manual_seed(0)
+    bank = moetk.ExpertBank(hidden_size=64, num_experts=8, intermediate_size=128)
+    names: dict[str, Any] = {"moetk": moetk, "torch": torch, "bank": bank}
+    exec(compile(code.replace("print(report)", ""), "README.md", "exec"), names)
+    return names["report"]
+
+
+def words(text: str) -> list[str]:
+    """Without numbers, rules and spaces, which follow from them."""
+    return re.sub(r"[\d.]+(e[-+]\d+)?%?|-{2,}", "", text).split()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--check", action="store_true")
+    options = parser.parse_args()
+    path = ROOT / "README.md"
+    before, _, rest = path.read_text().partition(BEGIN)
+    shown, _, after = rest.partition(END)
+    report = compared(before.rpartition("```python\n")[2].partition("```")[0])
+    text = f"\n```text\n{report}\n```\n![Error of every stage]({FIGURE.relative_to(ROOT)})\n"
+    if options.check:
+        return int(words(text) != words(shown))
+    path.write_text(f"{before}{BEGIN}{text}{END}{after}")
+    report.plot(FIGURE)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

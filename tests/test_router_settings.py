@@ -138,9 +138,9 @@ def test_numbers_at_their_borders():
         with raises(f"{who}: scale=inf; need a finite number."):
             method(H, E, K, scale=float("inf"), **more)
     assert SwitchRouter(H, E, jitter=0).jitter == 0
-    for jitter in (-0.01, 1, 2.0):
-        with raises(f"SwitchRouter: jitter={jitter!r}; need a finite number >= 0 and < 1."):
-            SwitchRouter(H, E, jitter=jitter)
+    for wide in (-0.01, 1, 2.0):
+        with raises(f"SwitchRouter: jitter={wide!r}; need a finite number >= 0 and < 1."):
+            SwitchRouter(H, E, jitter=wide)
 
 
 @pytest.mark.parametrize("method", [MixtralRouter, DeepSeekV4Router, GptOssRouter])

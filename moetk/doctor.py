@@ -48,9 +48,12 @@ GUESTS = (
     Guest("peft", "peft", "LoRA on routers, attention and experts", "pip install peft"),
     Guest("accelerate", "accelerate", "Trainer, device_map", "pip install accelerate"),
     Guest(
-        "matplotlib", "matplotlib", "the figures of a sweep's report", 'pip install "moetk[sweep]"'
+        "matplotlib",
+        "matplotlib",
+        "figures of sweeps, laws and comparisons",
+        'pip install "moetk[sweep]"',
     ),
-    Guest("jinja2", "jinja2", "the page of a sweep's report", 'pip install "moetk[sweep]"'),
+    Guest("jinja2", "jinja2", "pages of sweeps and comparisons", 'pip install "moetk[sweep]"'),
     Guest(
         "pyarrow", "pyarrow", "a sweep's cells and curves as parquet", 'pip install "moetk[sweep]"'
     ),

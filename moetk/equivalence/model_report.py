@@ -24,21 +24,26 @@ class LayerReport:
 
     name, other_name: the block in a and in b. report: the two blocks at the hidden states that a's
     saw. around: relative error in fp64, at a's values, of what b has outside of its blocks, from
-    the end of the last decoder layer with a block to the end of this one. entering, leaving:
-    relative difference of the hidden states, each model left to itself.
+    the end of the last decoder layer with a block to the end of this one; None = not judged.
+    entering, leaving: relative difference of the hidden states, each model left to itself.
     """
 
     index: int
     name: str
     other_name: str
     report: Report
-    around: float
+    around: float | None
     entering: float
     leaving: float
 
     @property
     def ok(self) -> bool:
-        return self.around <= PARITY and self.report.ok
+        return agree(self.around) and self.report.ok
+
+
+def agree(error: float | None) -> bool:
+    """Whether two functions in fp64 are one; what was not judged is noted, and no difference."""
+    return error is None or error <= PARITY
 
 
 @dataclass(frozen=True)
@@ -78,20 +83,22 @@ class ModelReport:
 
     after: relative error in fp64 from the last layer to the logits, at a's values. logits: relative
     difference of the logits, each model left to itself. tensors: those that are not the same.
+    notes: what a reader should know besides.
     """
 
     a: str
     b: str
     layers: tuple[LayerReport, ...]
-    after: float
+    after: float | None
     logits: float
     tensors: tuple[TensorApart, ...]
     ids: Tensor
+    notes: tuple[str, ...] = ()
     environment: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def ok(self) -> bool:
-        return self.first is None and self.after <= PARITY
+        return self.first is None and agree(self.after)
 
     @property
     def first(self) -> LayerReport | None:
@@ -104,7 +111,7 @@ class ModelReport:
         if self.ok:
             return ""
         first = self.first
-        return "unknown" if first is None or first.around > PARITY else first.report.cause
+        return "unknown" if first is None or not agree(first.around) else first.report.cause
 
     def __str__(self) -> str:
         return self.table()
@@ -155,6 +162,7 @@ class ModelReport:
             ],
             "after": self.after,
             "logits": self.logits,
+            "notes": list(self.notes),
             "tensors": [asdict(one) for one in self.tensors],
             "ids": {"shape": list(self.ids.shape)},
             "environment": environment(self.environment),

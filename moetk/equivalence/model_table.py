@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import textwrap
 
-from moetk.equivalence.compare import PARITY
-from moetk.equivalence.model_report import LayerReport, ModelReport, TensorApart
+from moetk.equivalence.model_report import LayerReport, ModelReport, TensorApart, agree
 from moetk.equivalence.table import WIDTH, aligned, fact, facts, number, ratio
 
 HEAD = ("layer", "around", "worst local", "flipped", "ties", "entering", "leaving", "verdict")
@@ -20,7 +19,8 @@ def table(report: ModelReport) -> str:
     """Every layer in a line, then the explanation."""
     rows = [*(layer_cells(layer) for layer in report.layers), logits_cells(report)]
     lines = aligned(HEAD, rows, left={0, 7})
-    return "\n".join([*lines, "", textwrap.fill(LEGEND, WIDTH), "", explain(report)])
+    notes = [fact("note", note) for note in report.notes]
+    return "\n".join([*lines, "", textwrap.fill(LEGEND, WIDTH), "", explain(report), *notes])
 
 
 def explain(report: ModelReport) -> str:
@@ -32,7 +32,7 @@ def explain(report: ModelReport) -> str:
     if first is None:
         where = "between the last mixture-of-experts layer and the logits"
         return "\n".join([*lines, fact("first", f"{where}: {number(report.after)} apart in fp64")])
-    if first.around > PARITY:
+    if not agree(first.around):
         where = f"around {first.name}, outside of the mixture-of-experts blocks"
         return "\n".join([*lines, fact("first", f"{where}: {number(first.around)} apart in fp64")])
     of_first = [fact(name, text) for name, text in facts(first.report)]
@@ -76,13 +76,13 @@ def layer_cells(layer: LayerReport) -> tuple[str, ...]:
 
 def logits_cells(report: ModelReport) -> tuple[str, ...]:
     """The last line: what comes after the layers."""
-    verdict = "ok" if report.after <= PARITY else "differs"
+    verdict = "ok" if agree(report.after) else "differs"
     return ("logits", number(report.after), "-", "-", "-", "-", number(report.logits), verdict)
 
 
 def layer_verdict(layer: LayerReport) -> str:
     """ "ok", or at which stage it differs and why."""
-    words = ["around it"] if layer.around > PARITY else []
+    words = [] if agree(layer.around) else ["around it"]
     if layer.report.first is not None:
         words.append(f"at {layer.report.first.stage}: {layer.report.cause}")
     return f"differs {' and '.join(words)}" if words else "ok"

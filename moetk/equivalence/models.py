@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from moetk.context import RouterContext
 from moetk.equivalence.cause import deviation
-from moetk.equivalence.compare import compare
+from moetk.equivalence.compare import NO_TWIN, compare
 from moetk.equivalence.double import InDouble
 from moetk.equivalence.model_report import LayerReport, ModelReport, tensors_apart
 from moetk.errors import EquivalenceError, ReplaceError
@@ -58,7 +58,8 @@ def compare_models(
     progress("own runs", 0, total)
     own_a, own_b = _run(a, ids_BS), _run(b, ids_BS)
     progress("around the layers", 1, total)
-    around = _around(a, b, ids_BS)
+    notes: list[str] = []
+    around = _around(a, b, ids_BS, notes)
     ctx = _context(ids_BS)
     layers = []
     for index, (one, other) in enumerate(zip(blocks_a, blocks_b, strict=True)):
@@ -83,6 +84,7 @@ def compare_models(
         deviation(own_b.logits, own_a.logits),
         tensors_apart(a, b),
         ids_BS,
+        tuple(notes),
         layers[0].report.environment,
     )
 
@@ -210,12 +212,19 @@ def _leaving(
     return hook
 
 
-def _around(a: nn.Module, b: nn.Module, ids_BS: Tensor) -> list[float]:
+def _around(a: nn.Module, b: nn.Module, ids_BS: Tensor, notes: list[str]) -> Sequence[float | None]:
     """Error in fp64 of what stands around each block in b, and after the last decoder layer, on a's
-    values: (layers + 1) numbers."""
-    with InDouble():
-        exact_a = _run(_in_double(a), ids_BS)
-        exact_b = _run(_in_double(b), ids_BS, instead=exact_a)
+    values: (layers + 1) numbers. None where fp64 does not run, which is noted."""
+    try:
+        with InDouble():
+            exact_a = _run(_in_double(a), ids_BS)
+            exact_b = _run(_in_double(b), ids_BS, instead=exact_a)
+    except NO_TWIN as error:
+        notes.append(
+            "what lies around the blocks was not judged, since a model does not run in fp64: "
+            f"{type(error).__name__}: {error}"
+        )
+        return [None] * (len(moe_blocks(a)) + 1)
     around = [
         max(
             deviation(exact_b.inputs[index], entering),

@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from moetk.equivalence.as_json import environment
-from moetk.equivalence.compare import PARITY
-from moetk.equivalence.model_report import ModelReport
+from moetk.equivalence.model_report import ModelReport, agree
 from moetk.equivalence.model_table import HEAD as LAYER_HEAD
 from moetk.equivalence.model_table import LEGEND as LAYER_LEGEND
 from moetk.equivalence.model_table import layer_cells, logits_cells, tensor_words
@@ -83,7 +82,7 @@ def _of_models(report: ModelReport) -> dict[str, Any]:
         "first": shown.report,
         "layers": (
             *(Line(layer_cells(layer), layer.ok) for layer in report.layers),
-            Line(logits_cells(report), report.after <= PARITY),
+            Line(logits_cells(report), agree(report.after)),
         ),
         "sections": tuple(_section(layer.report, layer.name) for layer in report.layers),
         "tensors": _tensors(report),
@@ -106,7 +105,7 @@ def _model_headline(report: ModelReport) -> str:
     if report.first is None:
         apart = number(report.after)
         return f"They first differ between the last layer and the logits: {apart} apart in fp64."
-    if report.first.around > PARITY:
+    if not agree(report.first.around):
         apart = number(report.first.around)
         where = f"around {report.first.name}, outside of its block"
         return f"They first differ {where}: {apart} apart in fp64."

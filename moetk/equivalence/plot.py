@@ -56,7 +56,7 @@ def plot_layers(report: ModelReport) -> Figure:
         max(filter(None, (row.function for row in layer.report.rows)), default=0.0)
         for layer in layers
     ]
-    series: list[tuple[str, list[float], Any]] = [
+    series: list[tuple[str, Sequence[float | None], Any]] = [
         ("entering, models left alone", [layer.entering for layer in layers] + [report.logits],
          {"marker": "o", "ms": 7.5, "mfc": "white", "mec": QUIET, "color": "#c3cbd4", "ls": "-"}),
         ("worst stage at equal inputs", worst, {"marker": "o", "ms": 5, "color": COLOURS[0]}),

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from moetk.equivalence.cause import read
+from moetk.equivalence.compare import NO_TWIN
 from moetk.equivalence.double import InDouble
 from moetk.equivalence.fewest import narrowed
 from moetk.equivalence.report import Report
@@ -132,7 +133,7 @@ def _of_values(report: Report, tensors: dict[str, Tensor]) -> str:
     evidence = report.evidence
     assert evidence is not None
     given = {name: evidence.a.values[name] for name in _before(evidence.stage, evidence.a)}
-    if evidence.stage.startswith("grad "):
+    if evidence.stage.startswith("grad ") and evidence.stage != "grad losses":
         root = next(name for name in ROOTS if name in evidence.a.values)
         given[f"grad {root}"] = cotangent(evidence.a.values[root], report.question.seed)
     tensors |= {f"given.{name}": value for name, value in given.items()}
@@ -177,7 +178,7 @@ def expected(report: Report) -> Tensor:
                 upstream=upstream,
                 seed=question.seed,
             )
-    except EquivalenceError:
+    except NO_TWIN:
         return evidence.wanted
     return read(truth, evidence.stage)
 

@@ -6,13 +6,14 @@ import runpy
 
 import pytest
 import torch
+from torch import nn
 
 import moetk
 from moetk.equivalence import compare_models
 from moetk.equivalence.models import moe_blocks
 from moetk.equivalence.page import render
 from moetk.errors import EquivalenceError
-from tests.tiny import ids, tiny
+from tests.tiny import FAMILIES, ids, tiny
 
 pytestmark = pytest.mark.v5
 
@@ -114,7 +115,42 @@ def test_two_families_are_compared(stock):
     assert max(map(len, lines)) <= 120 and any("only in a" in line for line in lines)
 
 
-def test_every_family_has_its_blocks_found(stock):
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_is_its_replacement(family):
+    theirs = tiny(family)
+    ours = copy.deepcopy(theirs)
+    moetk.replace_moe(ours)
+    report = compare_models(theirs, ours, ids(1, 8))
+    assert report.ok and report.notes == () and report.after <= 1e-10, report.table()
+
+
+class Single(nn.Module):
+    """A head whose code takes no fp64."""
+
+    def __init__(self, head):
+        super().__init__()
+        self.head = head
+
+    def forward(self, x):
+        if x.dtype == torch.float64:
+            raise RuntimeError("this kernel takes float32")
+        return self.head(x)
+
+
+def test_what_does_not_run_in_fp64_is_said_and_not_judged(stock):
+    ours = copy.deepcopy(stock)
+    ours.lm_head = Single(ours.lm_head)
+    report = compare_models(stock, ours, ids())
+    assert report.ok and report.after is None
+    assert [layer.around for layer in report.layers] == [None, None]
+    assert "does not run in fp64: RuntimeError: this kernel takes float32" in " ".join(
+        report.table().split()
+    )
+    assert json.loads(report.to_json())["notes"] == list(report.notes)
+    assert "this kernel takes float32" in render(report)
+
+
+def test_blocks_are_found_by_what_they_hold(stock):
     assert [block.name for block in moe_blocks(stock)] == [
         "model.layers.0.mlp",
         "model.layers.1.mlp",

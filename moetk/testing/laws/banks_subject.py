@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -68,9 +69,10 @@ class BankUnderTest:
     @property
     def terms(self) -> int:
         """Rounded steps behind one element of one token's output, or more: every product of the
-        widest matrix that a parameter holds, or of a network four times as wide as the rows."""
+        widest matrix that a parameter holds, or of a network four times as wide as the rows (as 8,
+        for narrower ones: what cancels there is not averaged away)."""
         widest = [t.shape[-1] * t.shape[-2] for t in self.parameters.values() if t.ndim > 1]
-        return 3 * max([4 * self.hidden_size**2, *widest])
+        return 3 * max([4 * max(self.hidden_size, 8) ** 2, *widest])
 
     def __call__(self, x_TH: Tensor, routing: Routing, parameters: Tensors | None = None) -> Tensor:
         """The bank's output, with `parameters` in place of its own of those names."""
@@ -305,12 +307,20 @@ def agree(
     )
 
 
+_VANISHED = 1e-2
+
+
 def agree_all(
     subject: BankUnderTest, found: Tensors, want: Tensors, *, num_rows: int, because: str
 ) -> None:
-    """`agree` for every tensor of `want`, by name."""
+    """`agree` for every tensor of `want`, by name. One that is far smaller than the others is what
+    is left of a sum that cancels (1 - sigmoid, where an activation saturates): it is measured with
+    a hundredth of the largest."""
+    norms = {name: float(tensor.double().norm()) for name, tensor in want.items()}
+    least = _VANISHED * max((n for n in norms.values() if math.isfinite(n)), default=0.0)
     for name, tensor in want.items():
-        agree(subject, found[name], tensor, f"{because}: {name}", num_rows=num_rows)
+        size = max(norms[name], least)
+        agree(subject, found[name], tensor, f"{because}: {name}", num_rows=num_rows, size=size)
 
 
 def rows_of(case: Case) -> int:

@@ -154,7 +154,7 @@ def _places_by_token(routing: Routing, ctx: RouterContext) -> TokenChoice:
     batch, length = ctx.batch_shape
     num_choices = routing.experts_TK.shape[1]
     capacity = math.ceil(length * num_choices / routing.num_experts)
-    taken_BNE = F.one_hot(routing.experts_TK.view(batch, -1), routing.num_experts)
+    taken_BNE = F.one_hot(routing.experts_TK.reshape(batch, -1), routing.num_experts)
     place_BN = (taken_BNE.cumsum(1) * taken_BNE).sum(-1) - 1
     kept_TK = (place_BN < capacity).view(-1, num_choices)
     return replace(routing, kept_TK=kept_TK, weights_TK=routing.weights_TK.masked_fill(~kept_TK, 0))

@@ -71,7 +71,8 @@ def compare_sources(
     inputs: Inputs,
     progress: Progress = lambda what, done, total: None,
 ) -> Report | ModelReport:
-    """Make both and compare them: models layer by layer, parts stage by stage.
+    """Make both and compare them: models layer by layer, parts stage by stage. The report calls
+    them by their sources: two checkpoints are of one class as a rule.
 
     Raises ConfigError where one is a model and the other is not, where one cannot be made, and
     where there is no input for them; EquivalenceError as compare and compare_models do.
@@ -84,8 +85,8 @@ def compare_sources(
     if all(kinds):
         vocabularies = [part.config.get_text_config().vocab_size for part in (part_a, part_b)]
         ids = inputs.ids(min(vocabularies))
-        report = compare_models(part_a, part_b, ids, seed=inputs.seed, progress=progress)
-        return replace(report, a=a.name, b=b.name)  # two checkpoints are of one class as a rule
+        models = compare_models(part_a, part_b, ids, seed=inputs.seed, progress=progress)
+        return replace(models, a=a.name, b=b.name)
     if any(kinds):
         words = ["a model" if kind else "no model" for kind in kinds]
         raise ConfigError(
@@ -96,7 +97,8 @@ def compare_sources(
     x = inputs.hidden(part_a, part_b)
     progress("comparing", 2, 3)
     ctx = RouterContext(batch_shape=(inputs.batch, inputs.length))
-    return compare(part_a, part_b, x, ctx=ctx, seed=inputs.seed)
+    report = compare(part_a, part_b, x, ctx=ctx, seed=inputs.seed)
+    return replace(report, a=a.name, b=b.name)
 
 
 def hidden_size_of(part: Any) -> int | None:
@@ -129,7 +131,9 @@ def _made(source: Source) -> Any:
     except ConfigError:
         raise
     except Exception as error:
-        raise ConfigError(f"{source.name} cannot be made: {type(error).__name__}: {error}") from error
+        raise ConfigError(
+            f"{source.name} cannot be made: {type(error).__name__}: {error}"
+        ) from error
 
 
 def _is_model(part: Any) -> bool:

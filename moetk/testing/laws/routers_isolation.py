@@ -86,7 +86,7 @@ class PaddingCompetes(ScoredRouter):
     "R32",
     "padding does not touch real tokens",
     formula="x = x' where token_mask  =>  R(x) = R(x') where token_mask, bit by bit",
-    source="Megatron-Core and HF mask counts and capacity by padding_mask, attention_mask",
+    source="GShard, arXiv 2006.16668; transformers and Megatron-Core mask by attention_mask",
     cases=inputs(
         "gaussian", "collapsed", "starved", least_length=1, training=None, added=padded_with_others
     ),

@@ -81,7 +81,8 @@ def test_what_losses_read_is_what_attach_keeps():
 def test_losses_are_values():
     """Frozen, and equal where their settings are: one object may serve every layer."""
     assert LoadBalancingLoss(0.5) == LoadBalancingLoss(0.5) != LoadBalancingLoss(0.25)
-    for loss in (LoadBalancingLoss, DeepSeekSequenceLoss, GShardLoss, RouterZLoss, ImportanceLoss):
+    every = (LoadBalancingLoss, DeepSeekSequenceLoss, GShardLoss, RouterZLoss)
+    for loss in (*every, ImportanceLoss, LoadLoss):
         assert loss(0).coefficient == 0
         with pytest.raises(AttributeError):
             loss(1.0).coefficient = 2.0

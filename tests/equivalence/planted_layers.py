@@ -233,8 +233,6 @@ CAPACITY = (
 )  # fmt: skip
 
 
-
-
 class _PassesOn(Local):
     def dispatch(self, x_TH, routing, ctx=None):
         x_RH, local, _ = super().dispatch(x_TH, routing, ctx)

@@ -95,17 +95,18 @@ class Choosing(TorchFunctionMode):
         return None
 
     def scores(self, ids_TK: Tensor, logits: Tensor | None) -> Tensor | None:
-        """(T, E): what the weights were gathered from; else the one softmax or sigmoid of that
-        shape. None where neither is certain."""
+        """(T, E): the one softmax or sigmoid of that shape; else what the weights were gathered
+        from, which comes second because a gate in error may gather them from biased scores.
+        None where neither is certain."""
+        shapes = {s.source.shape for s in self.selections if s.source is not None}
+        wide = [(t, v) for t, v in self._squashed if t.shape in shapes and len(t) == len(ids_TK)]
+        if len(wide) == 1 and wide[0][0]._version == wide[0][1]:
+            return wide[0][0]
         for source, version, index in reversed(self._gathered):
             chosen = index.shape == ids_TK.shape and torch.equal(index, ids_TK)
             if chosen and source is not logits:
                 return source if source._version == version else None
-        shapes = {s.source.shape for s in self.selections if s.source is not None}
-        wide = [(t, v) for t, v in self._squashed if t.shape in shapes and len(t) == len(ids_TK)]
-        if len(wide) != 1 or wide[0][0]._version != wide[0][1]:
-            return None
-        return wide[0][0]
+        return None
 
     def squashed(self, tensor: Tensor) -> bool:
         """The tensor is what a softmax or sigmoid returned: no logits."""

@@ -262,7 +262,7 @@ def choices_overwrite_each_other() -> Case:
     return Case(right, patched(right, "experts", "forward", forward), torch.randn(2, 12, H))
 
 
-class _SortingBank(ExpertBank):
+class SortingBank(ExpertBank):
     """Sort the choices by expert, run each expert on its run of rows, unsort, weigh, sum."""
 
     def counts(self, experts_N: Tensor, dtype: torch.dtype) -> Tensor:
@@ -287,7 +287,7 @@ class _SortingBank(ExpertBank):
         return (out_TKH * routing.weights_TK[..., None]).sum(1).to(x_TH.dtype)
 
 
-class _BankThatCountsInModelDtype(_SortingBank):
+class _BankThatCountsInModelDtype(SortingBank):
     def counts(self, experts_N: Tensor, dtype: torch.dtype) -> Tensor:
         return F.one_hot(experts_N, self.num_experts).to(dtype).sum(0)
 
@@ -323,7 +323,7 @@ class _GatherRows(torch.autograd.Function):
         return grad_TH, None
 
 
-class _BankWithOwnGather(_SortingBank):
+class _BankWithOwnGather(SortingBank):
     def rows(self, x_TH: Tensor, tokens_N: Tensor) -> Tensor:
         return _GatherRows.apply(x_TH, tokens_N)  # type: ignore[no-any-return]
 
@@ -360,7 +360,7 @@ def numpy_pairs_backwards() -> Case:
     weight_EH = right.weight.detach().numpy()
 
     def wrong(x_TH: Any) -> dict[str, Any]:
-        logits_TE = np.asarray(x_TH) @ weight_EH.T
+        logits_TE = x_TH.detach().numpy() @ weight_EH.T
         odds_TE = np.exp(logits_TE - logits_TE.max(-1, keepdims=True))
         scores_TE = odds_TE / odds_TE.sum(-1, keepdims=True)
         experts_TK = np.argsort(scores_TE, -1)[:, -K:]

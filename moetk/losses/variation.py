@@ -24,8 +24,8 @@ def squared_variation(x_E: Tensor) -> Tensor:
     Not (std / mean)^2: the gradient of a standard deviation at 0 is NaN.
     """
     mean = x_E.mean()
-    square = mean.square()
-    return (x_E - mean).square().mean() / (square + (square == 0))
+    # Divided before it is squared: the square of a small mean is no number any more.
+    return ((x_E - mean) / (mean + (mean == 0))).square().mean()
 
 
 def smooth_load(clean_TE: Tensor, noisy_TE: Tensor, std_TE: Tensor, top_k: int) -> Tensor:
@@ -62,6 +62,7 @@ class ImportanceLoss:
     def __call__(self, routing: Routing, ctx: RouterContext) -> Tensor:
         routing = as_token_choice(routing, "ImportanceLoss")
         weights_TK = _of_counted(routing.weights_TK.float(), ctx)
+        weights_TK = weights_TK.masked_fill(routing.experts_TK < 0, 0)
         importance_E = weights_TK.new_zeros(routing.num_experts).scatter_add(
             0, routing.experts_TK.clamp(min=0).flatten(), weights_TK.flatten()
         )

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, Generic, Literal, TypeVar
 
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis.errors import UnsatisfiedAssumption
 from hypothesis.strategies import SearchStrategy
 from torch import Tensor
@@ -130,6 +130,8 @@ def judge_law(the_law: Law[S], subject: S, *, examples: int, derandomize: bool =
         deadline=None,
         database=None,
         print_blob=False,
+        # Not explain: ten times the time of finding the case, for a text that nobody is shown.
+        phases=(Phase.explicit, Phase.generate, Phase.shrink),
         suppress_health_check=list(HealthCheck),
     )
     @given(case=the_law.cases(subject))

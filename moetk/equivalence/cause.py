@@ -7,6 +7,7 @@ What matches nothing is "unknown".
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,6 +19,7 @@ from moetk.equivalence.judge import relative_error
 from moetk.equivalence.trace import EXACT, Trace
 
 UNEXPLAINED = 0.1  # of the difference may be left over, at most
+FEW = 2  # choices must differ: one alone is what any of several defects may give
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,10 +62,10 @@ class Evidence:
         """Whether `predicted` is what the other side read, and not also what it should read."""
         found, wanted = self.found, self.wanted
         if self.stage in EXACT:
-            return _identical(found, predicted, self) and not _identical(wanted, predicted, self)
-        left = deviation(found, predicted)
+            return _identical(found, predicted, self) and _apart(found, wanted, self) >= FEW
         # A prediction near a small difference is no explanation of it.
-        return left <= min(self.tolerance, UNEXPLAINED * deviation(found, wanted))
+        left, apart = deviation(found, predicted), deviation(found, wanted)
+        return apart > 0 and left <= min(self.tolerance, UNEXPLAINED * apart)
 
 
 def read(trace: Trace, stage: str) -> Tensor:
@@ -77,11 +79,19 @@ def read(trace: Trace, stage: str) -> Tensor:
 
 
 def _identical(value: Tensor, other: Tensor, evidence: Evidence) -> bool:
+    return value.shape == other.shape and _apart(value, other, evidence) == 0
+
+
+def _apart(value: Tensor, other: Tensor, evidence: Evidence) -> int:
+    """How many choices make the difference; all where the shapes differ."""
     if value.shape != other.shape:
-        return False
+        return value.numel()
+    if evidence.stage == "counts":
+        apart = (value.double() - other.double()).abs()
+        return math.ceil(apart.nan_to_num(nan=FEW, posinf=FEW, neginf=FEW).sum())
     if evidence.stage == "indices":  # in which column an expert stands is no difference
         value, other = value.sort(-1).values, other.sort(-1).values
-    return bool((value == other).all())
+    return int((value != other).sum())
 
 
 def deviation(value: Tensor, truth: Tensor, scale: float = 0.0) -> float:

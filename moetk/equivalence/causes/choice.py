@@ -166,11 +166,10 @@ def _unbiased_groups(e: Evidence) -> Iterator[Tensor]:
     fix="Compare n_group and topk_group of the two.",
 )
 def _group_sizes(e: Evidence) -> Iterator[Tensor]:
-    biased_TE = _biased(e)
-    if biased_TE is None:
+    biased_TE, ids_TK = _biased(e), value(e, "indices")
+    if biased_TE is None or ids_TK is None:
         return
-    num_experts = biased_TE.shape[1]
-    top_k, before = e.a.values["indices"].shape[1], _groups(e)
+    num_experts, top_k, before = biased_TE.shape[1], ids_TK.shape[1], _groups(e)
     for groups in (n for n in range(1, num_experts // 2 + 1) if num_experts % n == 0):
         for top in range(1, groups):
             if (groups, top) != before and top * (num_experts // groups) >= top_k:

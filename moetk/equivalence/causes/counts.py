@@ -36,8 +36,8 @@ def _twice(e: Evidence) -> Iterator[Tensor]:
 )
 def _several(e: Evidence) -> Iterator[Tensor]:
     if e.found.shape == e.wanted.shape and int(e.wanted.sum()):
-        times = round(float(e.found.double().sum() / e.wanted.double().sum()))
-        if times > 2:
+        times = (e.found.double().sum() / e.wanted.double().sum()).round()
+        if 2 < float(times) < torch.inf:
             yield times * e.wanted
 
 

@@ -159,7 +159,9 @@ class Lean:
         from hypothesis import Phase, settings
 
         # One failing example says enough; the smallest is not looked for.
-        settings.register_profile("mutation", phases=[Phase.explicit, Phase.generate])
+        settings.register_profile(
+            "mutation", max_examples=15, derandomize=True, phases=[Phase.explicit, Phase.generate]
+        )
         settings.load_profile("mutation")
 
     def pytest_collection_modifyitems(self, items: list[Any]) -> None:

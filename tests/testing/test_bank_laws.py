@@ -15,6 +15,7 @@ from moetk.routing import Routing
 from moetk.testing.check_banks import BANK_LAWS, check_expert_bank
 from moetk.testing.law import judge_law
 from moetk.testing.laws.banks_subject import bank_under_test
+from tests.testing.drawn import drawn
 
 H, E, I = 6, 4, 5
 OSS = GptOssGated(1.7, 0.5)
@@ -94,7 +95,7 @@ def doubled(x_TH: Tensor, routing: Routing) -> Tensor:
 @pytest.mark.parametrize("backend", ["reference", "grouped"])
 @pytest.mark.parametrize("name", SPECS)
 def test_moetk_banks_keep_every_law(name: str, backend: str) -> None:
-    report = check_expert_bank(bank_of(name, backend), examples=4)
+    report = check_expert_bank(bank_of(name, backend), **drawn())
     silent = {one.law.number for one in report.having("not applicable")}
     assert (
         silent

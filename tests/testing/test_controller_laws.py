@@ -11,6 +11,7 @@ from moetk.kernels.counting import count_choices
 from moetk.testing.check_controllers import LAWS, check_controller
 from moetk.testing.law import judge_law
 from moetk.testing.laws.controllers_subject import ControllerSubject
+from tests.testing.drawn import drawn
 
 OWN = {
     "plain": BiasUpdate(1e-3),
@@ -43,7 +44,7 @@ NUMBERS = {law.number for law in LAWS}
 
 @pytest.mark.parametrize("name", OWN)
 def test_moetks_own_controllers_keep_every_law(name):
-    report = check_controller(OWN[name], examples=10)
+    report = check_controller(OWN[name], **drawn())
     silent = set() if name == "centred" else {"C12"}
     assert {outcome.law.number for outcome in report.having("kept")} == NUMBERS - silent
     assert all(outcome.reason for outcome in report.having("not applicable"))

@@ -13,6 +13,7 @@ from moetk.testing.check_dispatchers import DISPATCHER_LAWS, check_dispatcher
 from moetk.testing.law import judge_law
 from moetk.testing.laws.dispatchers import PerChoice
 from moetk.testing.laws.dispatchers_queue import Queue
+from tests.testing.drawn import drawn
 
 CAPACITY = {"D13", "D14", "D15", "D16", "D17", "D18"}
 
@@ -28,7 +29,7 @@ CAPACITY = {"D13", "D14", "D15", "D16", "D17", "D18"}
     ids=["local", "first_come", "by_weight", "a_row_a_choice"],
 )
 def test_right_dispatchers_keep_every_law(dispatcher: object, silent: set[str]) -> None:
-    report = check_dispatcher(dispatcher, examples=12)
+    report = check_dispatcher(dispatcher, **drawn())
     assert {one.law.number for one in report.having("not applicable")} == silent
     assert {one.law.number for one in report.having("kept")} == set(REASONS) - silent
 

@@ -19,6 +19,7 @@ from moetk.testing.check_losses import LAWS, check_loss
 from moetk.testing.law import judge_law
 from moetk.testing.laws.losses_subject import LossSubject, Written
 from moetk.testing.strategies.losses import PATTERNS, build_case, draw_mask
+from tests.testing.drawn import drawn
 
 OWN = {
     "balance": (LoadBalancingLoss(0.5), "switch", "micro_batch"),
@@ -76,7 +77,7 @@ def test_moetks_own_losses_keep_every_law_that_speaks_about_them(name):
     loss, like, scope = OWN[name]
     subject = LossSubject(loss)
     assert (subject.like, subject.scope) == (like, scope)
-    report = check_loss(loss, examples=10)
+    report = check_loss(loss, **drawn())
     kept = {outcome.law.number for outcome in report.having("kept")}
     always = {f"L{number}" for number in range(1, 17)}
     by_form = {

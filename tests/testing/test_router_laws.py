@@ -15,6 +15,7 @@ from moetk.testing.causality import measure_causality
 from moetk.testing.check_routers import ROUTER_LAWS
 from moetk.testing.law import Law, judge_law, judge_laws
 from moetk.testing.laws.routers_subject import RouterSubject, matrix_of
+from tests.testing.drawn import drawn
 from tests.testing.users import RIGHT, Cosine, by_table
 
 OWN = {
@@ -93,7 +94,7 @@ def test_laws_have_one_number_each_and_say_where_they_are_from() -> None:
 
 @pytest.mark.parametrize("name", OWN)
 def test_moetks_routers_keep_every_law(name: str) -> None:
-    outcomes = judge_laws(ROUTER_LAWS, subject_of(OWN[name]), examples=6)
+    outcomes = judge_laws(ROUTER_LAWS, subject_of(OWN[name]), **drawn())
     assert {one.law.number: one.reason for one in outcomes if one.status == "broken"} == {}
 
 

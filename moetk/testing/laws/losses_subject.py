@@ -32,6 +32,12 @@ OPERATIONS = 16
 """Roundings beside the sums (exp, log, divisions, squares) that a loss may make on one path."""
 
 
+def _size_of_weights(case: Case) -> float:
+    """Root mean square of the weights in use, at most 1."""
+    used = case["weights_TK"][case["weights_TK"] != 0].double()
+    return min(1.0, float(used.square().mean().sqrt())) if used.numel() else 1.0
+
+
 @dataclass(frozen=True, eq=False)
 class LossSubject:
     """A loss, the sizes it is checked at, and what it is a form of (None = as measured)."""
@@ -108,19 +114,26 @@ class LossSubject:
         return max(float(value.abs()) for value in self._probes.values())
 
     def near(
-        self, got: Tensor, want: Tensor, *, reduction: int | None = None, counted: int = 1
+        self,
+        got: Tensor,
+        want: Tensor,
+        *,
+        reduction: int | None = None,
+        counted: int = 1,
+        unit: float = 1.0,
     ) -> bool:
         """Whether two results, each within the fp32 floor of its sums, may be one value.
 
         reduction: terms of the longest sum; None = E * E, the probes'. counted: for gradients, the
         tokens that they are spread over: each is about scale / counted, hence together
-        scale / sqrt(counted).
+        scale / sqrt(counted). unit: the size of what they are taken for, where that is below 1: a
+        gradient whose terms cancel leaves their rounding, not its own.
         """
         terms = OPERATIONS + (self.num_experts**2 if reduction is None else reduction)
         size = max(
             float(got.double().norm()),
             float(want.double().norm()),
-            self.scale / math.sqrt(max(counted, 1)),
+            self.scale / (math.sqrt(max(counted, 1)) * unit),
         )
         error = float((got.double() - want.double()).norm())
         # Written so that NaN is not near.
@@ -129,7 +142,13 @@ class LossSubject:
     def hold_near(self, got: Tensor, want: Tensor, what: str, case: Case, counted: int = 0) -> None:
         """Raise Breach unless two values (counted = 0) or gradients are `near`."""
         got, want = got.detach(), want.detach()
-        ok = self.near(got, want, reduction=case["logits_TE"].numel(), counted=max(counted, 1))
+        ok = self.near(
+            got,
+            want,
+            reduction=case["logits_TE"].numel(),
+            counted=max(counted, 1),
+            unit=_size_of_weights(case) if counted else 1.0,
+        )
         shown = (
             f"{float(got):.8g}, not {float(want):.8g}"
             if got.ndim == 0

@@ -115,6 +115,19 @@ def test_no_cause_fails_on_what_it_cannot_read(data: st.DataObject) -> None:
             assert one.matches(e) in (True, False)
 
 
+@pytest.mark.parametrize("router", ROUTERS)
+def test_no_cause_fails_where_a_stage_is_all_that_is_seen(router: str) -> None:
+    for stage in stages(router, 6, 1.0):
+        wanted = read(reference(router, 6, 1.0)[1], stage)
+        e = evidence(stage, torch.ones_like(wanted), router)
+        for shown in ({stage}, {stage, "indices"}, {stage, "indices", "weights"}):
+            a = replace(e.a, values={n: one for n, one in e.a.values.items() if n in shown})
+            for facts in ({}, e.facts):
+                bare = replace(e, a=a, own_a=a, facts=facts, parameters={})
+                for one in CAUSES:
+                    assert stage not in one.stages or one.matches(bare) in (True, False)
+
+
 class TestEquals:
     def test_a_prediction_of_what_was_wanted_explains_nothing(self) -> None:
         e = evidence("weights", read(reference("v3", 6, 1.0)[1], "weights"))

@@ -16,6 +16,7 @@ from torch import Tensor
 from moetk.equivalence.cause import Cause, Evidence, cause, deviation
 from moetk.equivalence.causes.values import normalised, used, value
 from moetk.equivalence.double import InDouble
+from moetk.errors import MoetkError
 from moetk.routing import TokenChoice
 
 
@@ -72,14 +73,18 @@ def _routing(e: Evidence) -> TokenChoice | None:
 
 
 def _values(e: Evidence, routing: TokenChoice, **told: Any) -> Tensor | None:
-    """What the reference's losses are of this routing, in a context changed by `told`."""
+    """What the reference's losses are of this routing, in a context changed by `told`; None where
+    they read what is not shown."""
     losses = e.facts.get("losses") or ()
     if len(losses) != len(e.wanted):
         return None
     ctx = replace(e.ctx, **told)
     in_its_dtype = InDouble() if e.wanted.dtype == torch.float64 else nullcontext()
-    with torch.no_grad(), in_its_dtype:
-        return torch.stack([loss(routing, ctx).to(e.wanted) for loss in losses])
+    try:
+        with torch.no_grad(), in_its_dtype:
+            return torch.stack([loss(routing, ctx).to(e.wanted) for loss in losses])
+    except MoetkError:
+        return None
 
 
 def _again(e: Evidence) -> TokenChoice | None:

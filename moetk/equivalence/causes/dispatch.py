@@ -30,10 +30,12 @@ def _places(e: Evidence) -> tuple[Tensor, Capacity, int] | None:
 
 def _num_experts(e: Evidence) -> int:
     told, counts_E = e.facts.get("num_experts"), value(e, "counts")
-    if told is None and counts_E is None:
-        ids_TK = e.a.values["indices"]
-        return 1 + int(ids_TK.max()) if ids_TK.numel() else 1  # enough to tell them apart
-    return int(told) if counts_E is None else len(counts_E)
+    if told is not None:
+        return int(told)
+    if counts_E is not None:
+        return len(counts_E)
+    ids_TK = e.a.values["indices"]
+    return 1 + int(ids_TK.max()) if ids_TK.numel() else 1  # enough to tell them apart
 
 
 def _kept(e: Evidence, places: int, *, whole_batch: bool = False, padding: bool = False) -> Tensor:

@@ -145,8 +145,23 @@ def cause(
     return make
 
 
-def diagnose(evidence: Evidence, causes: Sequence[Cause]) -> tuple[Cause, ...]:
+def diagnose(
+    evidence: Evidence,
+    causes: Sequence[Cause],
+    on_error: Callable[[Cause, Exception], None] | None = None,
+) -> tuple[Cause, ...]:
     """Every cause of this stage that explains the evidence, the general ones only where no other
-    does; none = unknown."""
-    found = [one for one in causes if evidence.stage in one.stages and one.matches(evidence)]
+    does; none = unknown. on_error: told of a cause that cannot be tried here, which then explains
+    nothing; None = it raises."""
+    found = []
+    for one in causes:
+        if evidence.stage not in one.stages:
+            continue
+        try:
+            if one.matches(evidence):
+                found.append(one)
+        except Exception as error:
+            if on_error is None:
+                raise
+            on_error(one, error)
     return tuple(one for one in found if not one.general) or tuple(found)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from moetk.context import RouterContext
-from moetk.equivalence.cause import Evidence, deviation, diagnose, read
+from moetk.equivalence.cause import Cause, Evidence, deviation, diagnose, read
 from moetk.equivalence.causes.all import CAUSES
 from moetk.equivalence.double import InDouble
 from moetk.equivalence.judge import FACTOR, Choices, Verdict, compare_choices, floor, largest_error
@@ -89,7 +89,9 @@ def compare(
     stages, only_a, only_b = _common(own_a, own_b)
     notes += [f"only a, {side_a.name}, shows {name}" for name in only_a]
     notes += [f"only b, {side_b.name}, shows {name}" for name in only_b]
-    rows = tuple(_row(stage, own_a, own_b, function, arithmetic) for stage in stages)
+    rows = _forgiven(
+        [_row(stage, own_a, own_b, function, arithmetic) for stage in stages], own_a, own_b
+    )
     question = Question(a, b, x.detach(), ctx, routing, seed)
     report = Report(
         side_a.name, side_b.name, rows, (), choices, tuple(notes), own_a, own_b, None, question,
@@ -99,7 +101,12 @@ def compare(
         return report
     told = ctx or RouterContext(batch_shape=(x.shape[0], x.shape[1]) if x.ndim == 3 else None)
     evidence = _evidence(report.first, side_a, side_b, x_TH, function, arithmetic, told, seed)
-    return replace(report, causes=diagnose(evidence, CAUSES), evidence=evidence)
+
+    def untried(cause: Cause, error: Exception) -> None:
+        notes.append(f"not tried as a cause: {cause.name} ({_first_line(error)})")
+
+    causes = diagnose(evidence, CAUSES, untried)
+    return replace(report, causes=causes, evidence=evidence, notes=tuple(notes))
 
 
 @dataclass(frozen=True, eq=False)
@@ -265,9 +272,8 @@ def _common(a: Trace, b: Trace) -> tuple[list[str], list[str], list[str]]:
         # One side adds something to its experts' sum, and the other returns that sum.
         of_a, of_b = of_a | {"output"}, of_b | {"output"}
     forward = [name for name in STAGES if name in of_a & of_b]
-    # A formula may pass by the scores (the softmax of the kept logits is the renormalised softmax):
-    # what gradient they have is its own affair.
-    both = [name for name in a.grads if name in b.grads and name not in ("scores", "choice")]
+    # Nothing differentiates a choice; where it has a gradient, it is the scores under another name.
+    both = [name for name in a.grads if name in b.grads and name != "choice"]
     order = {name: place for place, name in enumerate(GRADIENTS)}
     middle = order["x"] - 0.5
     both.sort(key=lambda name: order.get(name, middle))
@@ -289,6 +295,21 @@ def _row(stage: str, own_a: Trace, own_b: Trace, function: _Pass | None, dtypes:
         stage, tuple(a.shape), tuple(b.shape), a.dtype, b.dtype, error, local, accumulated,
         equal, largest, worst, ulp, alike, differing, not why, why,
     )  # fmt: skip
+
+
+def _forgiven(rows: Sequence[Row], own_a: Trace, own_b: Trace) -> tuple[Row, ...]:
+    """The scores' gradient counts only where the logits' differs too, and both sides have one: a
+    formula may pass by the scores (the softmax of the kept logits is the renormalised softmax)."""
+    by_stage = {row.stage: row for row in rows}
+    logits = by_stage.get("grad logits")
+    kept = []
+    for row in rows:
+        if row.stage == "grad scores" and not row.ok:
+            used = all(bool(side.grads["scores"].any()) for side in (own_a, own_b))
+            if logits is None or logits.ok or not used:
+                row = replace(row, ok=True, why="")
+        kept.append(row)
+    return tuple(kept)
 
 
 def _exact(

@@ -46,8 +46,8 @@ def _planted(name, right, wrong, stage, cause, **more):
     return Planted(name, right, wrong, stage, (cause,), **more)
 
 
-def _router(name, right, cause, **steps):
-    return _planted(name, right, lambda: right(**steps), "grad logits", cause)
+def _router(name, right, cause, stage="grad logits", **steps):
+    return _planted(name, right, lambda: right(**steps), stage, cause)
 
 
 def _experts(name, stage, cause, right=bank, routing=routing, **steps):
@@ -150,8 +150,9 @@ GRADIENTS = (
              forward=_first_slot_detached),
     _experts("repeated id detached", "grad weights", "gradient of one of two equal ids missing",
              routing=partial(routing, duplicates=True), forward=_repeated_detached),
-    _router("sum detached", v3, "sum of the renormalisation detached", weigh=_sum_detached),
-    _router("division straight through", v3, "renormalisation skipped in backward",
+    _router("sum detached", v3, "sum of the renormalisation detached", "grad scores",
+            weigh=_sum_detached),
+    _router("division straight through", v3, "renormalisation skipped in backward", "grad scores",
             weigh=_division_skipped),
     _router("sigmoid straight through", v3, "score function skipped in backward",
             score=lambda self, l: l + (l.sigmoid() - l).detach()),

@@ -37,6 +37,7 @@ ANY = tuple(
         "up_bias",
         "up_weight",
         "weights",
+        "scores",
         "logits",
         "router.bias",
         "router.weight",
@@ -106,21 +107,25 @@ def _duplicate(e: Evidence) -> Iterator[Tensor]:
         yield e.wanted.masked_fill(again, 0)
 
 
-def _to_logits(e: Evidence, weigh: Callable[[Tensor], Tensor]) -> Iterator[Tensor]:
-    """The logits' gradient if the weights were this function of the chosen scores, (T, K) each."""
-    logits_TE, ids_TK, shown_TK = (value(e, s) for s in ("logits", "indices", "weights"))
-    if logits_TE is None or ids_TK is None or shown_TK is None:
+def _to_scores(e: Evidence, weigh: Callable[[Tensor], Tensor]) -> Iterator[Tensor]:
+    """The scores' or the logits' gradient if the weights were this function of the chosen scores,
+    (T, K) each."""
+    source = e.stage.removeprefix("grad ")
+    from_TE, ids_TK, shown_TK = (value(e, s) for s in (source, "indices", "weights"))
+    if from_TE is None or ids_TK is None or shown_TK is None:
         return
     # A router alone ends at its weights, where the gradient enters.
     arriving_TK = e.a.grads.get("weights", cotangent(shown_TK, e.seed))
     with torch.enable_grad():
-        leaf_TE = logits_TE.detach().requires_grad_()
-        weights_TK = weigh(at((score_function(e) or softmax)(leaf_TE), ids_TK))
+        leaf_TE = from_TE.detach().requires_grad_()
+        scores = (score_function(e) or softmax) if source == "logits" else torch.Tensor.clone
+        weights_TK = weigh(at(scores(leaf_TE), ids_TK))
         yield torch.autograd.grad(weights_TK, leaf_TE, arriving_TK.to(weights_TK))[0]
 
 
 @cause(
     "sum of the renormalisation detached",
+    "grad scores",
     "grad logits",
     fix="The sum that divides the chosen scores has a gradient too.",
 )
@@ -128,7 +133,7 @@ def _sum_detached(e: Evidence) -> Iterator[Tensor]:
     weights_TK = value(e, "weights")
     if weights_TK is not None:
         # Whatever the weights are of the chosen scores, as a constant factor.
-        yield from _to_logits(e, lambda chosen_TK: chosen_TK * _ratio(weights_TK, chosen_TK))
+        yield from _to_scores(e, lambda chosen_TK: chosen_TK * _ratio(weights_TK, chosen_TK))
 
 
 def _ratio(weights_TK: Tensor, chosen_TK: Tensor) -> Tensor:
@@ -138,13 +143,14 @@ def _ratio(weights_TK: Tensor, chosen_TK: Tensor) -> Tensor:
 
 @cause(
     "renormalisation skipped in backward",
+    "grad scores",
     "grad logits",
     fix="Backward goes straight from the weights to the chosen scores; the division has a "
     "gradient.",
 )
 def _no_division(e: Evidence) -> Iterator[Tensor]:
     scale = float(e.facts.get("scale") or 1.0)
-    yield from _to_logits(e, lambda chosen_TK: scale * chosen_TK)
+    yield from _to_scores(e, lambda chosen_TK: scale * chosen_TK)
 
 
 @cause(

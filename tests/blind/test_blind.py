@@ -32,7 +32,7 @@ CAUSES = {
 }
 
 
-# The planter took `dispatched` for the rows that reach an expert; it is the choices that are served,
+# The planter took `dispatched` for the rows that reach an expert; it is the choices served,
 # and all are. The first wrong computation is then an expert's product with another one's rows.
 MEANT = {"rows_counted_in_bf16": "up"}
 

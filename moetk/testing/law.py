@@ -7,8 +7,10 @@ so that the smallest one on which a law breaks can be written to a file and read
 
 from __future__ import annotations
 
+import random
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Generic, Literal, TypeVar
 
@@ -23,6 +25,23 @@ from moetk.errors import LawBrokenError
 S = TypeVar("S")  # what is checked: a router with its sizes, a bank, a dispatcher, ...
 Setting = bool | int | float | str | None
 Status = Literal["kept", "broken", "not applicable"]
+
+
+@contextmanager
+def untouched_random() -> Iterator[None]:
+    """Random numbers of its own, the same each time: torch's on the CPU and Python's start from 0
+    inside, and go on outside as if nothing had been drawn. A check runs in it, from its first
+    probe on, so that it neither hangs on the numbers drawn before it nor changes those after it.
+    """
+    state = random.getstate()
+    with torch.random.fork_rng(devices=[]):
+        # torch.manual_seed would format a stack for every kind of device, each time
+        torch.default_generator.manual_seed(0)
+        random.seed(0)
+        try:
+            yield
+        finally:
+            random.setstate(state)
 
 
 class Breach(AssertionError):
@@ -78,9 +97,7 @@ class Law(Generic[S]):
 
     def judge(self, subject: S, case: Case) -> None:
         """Check one case. The same case is the same world: a part's own randomness starts anew."""
-        with torch.random.fork_rng(devices=[]):
-            # torch.manual_seed would format a stack for every kind of device, each time
-            torch.default_generator.manual_seed(0)
+        with untouched_random():
             self.check(subject, case)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -25,3 +26,10 @@ class InDouble(TorchFunctionMode):
             kwargs["dtype"] = torch.float64
         args = tuple(torch.float64 if arg is torch.float32 else arg for arg in args)
         return func(*args, **kwargs)
+
+
+def still_in_double() -> AbstractContextManager[Any]:
+    """InDouble where it is in force, else nothing: for code that runs later, where autograd has
+    left the modes behind, as a recompute in backward."""
+    in_force = torch.empty(0).float().dtype == torch.float64
+    return InDouble() if in_force else nullcontext()

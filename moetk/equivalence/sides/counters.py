@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from moetk.equivalence.double import still_in_double
 from moetk.equivalence.sides.untouched import plain_tensors
 
 Forward = Callable[[nn.Module, Tensor], Tensor]
@@ -58,11 +60,13 @@ def step(module: nn.Module, forward: Forward, x_TH: Tensor) -> None:
         return output
 
     x_TH = x_TH.detach().clone().requires_grad_()
+    # Backward leaves every TorchFunctionMode: the forward would run again in other dtypes.
+    recompute = still_in_double()
     with torch.enable_grad():
-        total = checkpoint(squared, x_TH, use_reentrant=False).float().sum()
-        # Tensor.backward would step out of a TorchFunctionMode such as InDouble, and the forward
-        # would run again in other dtypes.
-        torch.autograd.backward(total)
+        output_TH = checkpoint(
+            squared, x_TH, use_reentrant=False, context_fn=lambda: (nullcontext(), recompute)
+        )
+        torch.autograd.backward(output_TH.float().sum())
 
 
 def committed(attachment: Any, run: Callable[[], None]) -> Tensor | None:

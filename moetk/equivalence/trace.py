@@ -21,6 +21,8 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from moetk.equivalence.chance import same_chance
+
 STAGES = (
     "logits",
     "scores",
@@ -133,7 +135,7 @@ def observe(
         name: value.detach().clone().requires_grad_(value.is_floating_point())
         for name, value in (given or {}).items()
     }
-    with torch.enable_grad():
+    with torch.enable_grad(), same_chance(x_TH):
         stages = dict(side.run(x_TH, forced))
         told = {name: stages.pop(name) for name in list(stages) if name.startswith("grad ")}
         leaves = side.leaves()

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from moetk.context import RouterContext
 from moetk.equivalence.sides.counters import Forward, gained_by_counter
 from moetk.equivalence.sides.routed import Given, check_given, counts_of, forcing
+from moetk.equivalence.sides.untouched import copied
 from moetk.equivalence.trace import Scattered
 from moetk.errors import EquivalenceError
 from moetk.experts import ExpertBank
@@ -60,7 +61,7 @@ class ModuleSide:
 
     def _of_copy(self) -> Self:
         side = copy.copy(self)
-        side.module = copy.deepcopy(self.module)
+        side.module = copied(self.module)
         return side
 
     def _context(self, x_TH: Tensor, given: Given) -> RouterContext:

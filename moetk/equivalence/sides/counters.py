@@ -5,7 +5,6 @@ Letters: E experts.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from moetk.equivalence.double import still_in_double
-from moetk.equivalence.sides.untouched import plain_tensors
+from moetk.equivalence.sides.untouched import copied, plain_tensors
 
 Forward = Callable[[nn.Module, Tensor], Tensor]
 
@@ -32,7 +31,7 @@ def gained_by_counter(
     if not _held(module, num_experts, ignore):
         return None
     ignored = [_path(module, tensor) for tensor in ignore]
-    module = copy.deepcopy(module)
+    module = copied(module)
     module.train()
     held = [t for t in _held(module, num_experts) if _path(module, t) not in ignored]
     before = [(path, t.clone()) for t in held if (path := _path(module, t)) is not None]

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.dlpack import from_dlpack
 
+from moetk.equivalence.chance import same_chance
 from moetk.equivalence.sides.bank_view import own_leaves
 from moetk.equivalence.sides.routed import Given
-from moetk.equivalence.sides.untouched import untouched
+from moetk.equivalence.sides.untouched import copied, untouched
 from moetk.equivalence.trace import EXACT, STAGES, Leaf
 from moetk.errors import EquivalenceError
 
@@ -53,9 +54,9 @@ class FunctionSide:
         """Itself, where it computes in float64 what it is given in float64."""
         side = copy.copy(self)
         if isinstance(self.function, nn.Module):
-            side.function = copy.deepcopy(self.function).double()
+            side.function = copied(self.function).double()
         try:
-            with torch.no_grad():
+            with torch.no_grad(), same_chance(self._example_TH):
                 stages = side.run(self._example_TH.double(), {})
         except Exception as error:
             raise EquivalenceError(f"{self.name} does not run in float64: {error}") from error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import replace
@@ -20,7 +19,7 @@ from moetk.equivalence.sides.facts import bank_facts, dispatch_facts, router_fac
 from moetk.equivalence.sides.inner import Asked, inner_stages
 from moetk.equivalence.sides.products import Products
 from moetk.equivalence.sides.routed import Given, computed_choices, loss_stage, routing_stages
-from moetk.equivalence.sides.untouched import untouched
+from moetk.equivalence.sides.untouched import copied, untouched
 from moetk.equivalence.sides.watched import WatchedDispatcher, WatchedRouter, stand_in
 from moetk.equivalence.trace import Leaf
 from moetk.layers.moe import MoELayer
@@ -84,7 +83,7 @@ class LayerSide(ModuleSide):
             return y_TH
 
         if self.module.attachment.steered:
-            layer = copy.deepcopy(self.module).eval()
+            layer = copied(self.module).eval()
             layer.training = True
             told_E = committed(layer.attachment, lambda: step(layer, forward, x_TH))
             if told_E is not None and len(told_E) == routing.num_experts:

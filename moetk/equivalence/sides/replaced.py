@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -27,7 +26,7 @@ from moetk.equivalence.sides.facts import bank_facts, dispatch_facts, router_fac
 from moetk.equivalence.sides.layer import layer_stages
 from moetk.equivalence.sides.products import Products
 from moetk.equivalence.sides.routed import Given, loss_stage, with_weights
-from moetk.equivalence.sides.untouched import untouched
+from moetk.equivalence.sides.untouched import copied, untouched
 from moetk.equivalence.sides.watched import WatchedDispatcher
 from moetk.equivalence.trace import Leaf
 from moetk.layers.carrier import ModelForward, Visit
@@ -87,7 +86,7 @@ class ReplacedSide(BlockSide):
             return _visit(block, x_TH, ctx, self.name)
 
         if _site(self.module).attachment.steered:
-            block = copy.deepcopy(self.module).eval()
+            block = copied(self.module).eval()
             experts_of(block).training = True
             told_E = committed(_site(block).attachment, lambda: step(block, forward, x_TH))
             if told_E is not None and len(told_E) == routing.num_experts:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from moetk.testing.causality import measure_causality
-from moetk.testing.law import Law, Outcome, judge_laws
+from moetk.testing.law import Law, Outcome, judge_laws, untouched_random
 from moetk.testing.laws import (
     routers_capacity,
     routers_choice,
@@ -33,6 +33,7 @@ ROUTER_LAWS: tuple[Law[RouterSubject], ...] = (
 )
 
 
+@untouched_random()
 def check_router(
     router: Router,
     *,

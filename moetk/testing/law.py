@@ -16,7 +16,7 @@ from typing import Any, Generic, Literal, TypeVar
 
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
-from hypothesis.errors import UnsatisfiedAssumption
+from hypothesis.errors import Unsatisfiable, UnsatisfiedAssumption
 from hypothesis.strategies import SearchStrategy
 from torch import Tensor
 
@@ -96,8 +96,9 @@ class Law(Generic[S]):
     unless: Callable[[S], str | None]
 
     def judge(self, subject: S, case: Case) -> None:
-        """Check one case. The same case is the same world: a part's own randomness starts anew."""
-        with untouched_random():
+        """Check one case. The same case is the same world: a part's own randomness starts anew,
+        and gradients are on, whatever the last case or the caller left."""
+        with untouched_random(), torch.enable_grad():
             self.check(subject, case)
 
 
@@ -165,6 +166,8 @@ def judge_law(the_law: Law[S], subject: S, *, examples: int, derandomize: bool =
 
     try:
         run()
+    except Unsatisfiable:
+        return Outcome(the_law, "not applicable", "no drawn case could be judged", examples=tried)
     except Exception:
         if not last:  # the strategy itself failed: not the part's fault
             raise

@@ -65,7 +65,7 @@ class RouterSubject:
         """A new copy on the CPU, in self.dtype or in `dtype`, in that mode."""
         dtype = dtype or self.dtype
         try:
-            router = copy.deepcopy(self.original)
+            router = copy.deepcopy(self.original, _without_graphs(self.original))
         except Exception as error:
             raise RouterConfigError(
                 f"{self.name} cannot be copied ({error}), and laws are checked on a copy: give a "
@@ -286,6 +286,15 @@ def _hidden_size(router: Router, name: str) -> int:
     return int(widths.pop())
 
 
+def _without_graphs(router: Router) -> dict[int, Any]:
+    """What deepcopy takes for done: results that the router keeps, which it refuses to copy."""
+    modules = router.modules() if isinstance(router, nn.Module) else ()
+    held = (tensor for module in modules for tensor in vars(module).values())
+    return {
+        id(t): t.detach().clone() for t in held if isinstance(t, Tensor) and t.grad_fn is not None
+    }
+
+
 def _own_dtype(router: Router) -> torch.dtype:
     tensors = router.parameters() if isinstance(router, nn.Module) else ()
     return next((t.dtype for t in tensors if t.is_floating_point()), torch.float32)
@@ -293,14 +302,19 @@ def _own_dtype(router: Router) -> torch.dtype:
 
 @torch.no_grad()
 def move_off_start(router: nn.Module) -> None:
-    """Add noise to parameters that are all one number, and to the choice bias."""
+    """Add noise to parameters that are all one number, a 0 alone too, and to the choice bias."""
     generator = torch.Generator().manual_seed(0)
     biases = [t for name, t in router.named_buffers() if name.endswith(CHOICE_BIAS)]
     for tensor in (*router.parameters(), *biases):
-        floats = tensor.is_floating_point() and tensor.numel() > 1
-        if floats and bool((tensor == tensor.max()).all()):
+        # One number alone is a start where it is 0, as of a gate that opens; a temperature of 1 is
+        # where it should be.
+        one = tensor.numel() == 1 and bool((tensor != 0).all())
+        if not tensor.is_floating_point() or tensor.numel() == 0 or one:
+            continue
+        if bool((tensor == tensor.max()).all()):
             noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
-            tensor += (noise * tensor.shape[-1] ** -0.5).to(tensor.dtype)
+            width = tensor.shape[-1] if tensor.ndim else 1
+            tensor += (noise * width**-0.5).to(tensor.dtype)
 
 
 # -- contexts

@@ -156,3 +156,19 @@ def test_files_that_are_no_trace(tmp_path: Path) -> None:
     with pytest.raises(EquivalenceError, match="facts cannot be stored: .*set"):
         save_trace(Trace({}), tmp_path / "b", ids={1, 2})
     assert not (tmp_path / "b").exists()
+
+
+def test_everything_lies_where_x_does(tmp_path: Path) -> None:
+    """`meta` stands for an accelerator: what lies there is no longer on the CPU."""
+    x = batch().to("meta")
+    save_trace(seen(Layer()), tmp_path / "trace.safetensors", bias=torch.ones(3), scale=2.5)
+    stored = side_of(load_trace(tmp_path / "trace.safetensors"), x)
+    held = (*stored.run(x.flatten(0, 1), {}).values(), stored.facts["bias"])
+    assert len(held) > 5 and all(one.device.type == "meta" for one in held)
+    assert stored.facts["scale"] == 2.5
+
+    def on_the_cpu(x_TH: Tensor) -> dict[str, Any]:
+        return {"logits": torch.ones(6, 3), "combined": np.ones((6, H), np.float32)}
+
+    stages = side_of(on_the_cpu, x).run(x.flatten(0, 1), {})
+    assert [stages[name].device.type for name in ("logits", "combined")] == ["meta", "meta"]

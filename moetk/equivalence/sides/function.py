@@ -112,7 +112,7 @@ def _second(function: Callable[..., Any]) -> str | None:
 
 
 def _stage(name: str, value: Any, device: torch.device) -> Tensor:
-    tensor = value if isinstance(value, Tensor) else _converted(value).to(device)
+    tensor = (value if isinstance(value, Tensor) else _converted(value)).to(device)
     if name == "dispatched":
         return tensor.bool()
     whole = name in EXACT and bool((tensor == tensor.round()).all())

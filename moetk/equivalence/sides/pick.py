@@ -46,7 +46,7 @@ def side_of(
     if isinstance(part, nn.Module) and bank_view(part) is not None:
         return BankSide(part, ctx, routing)
     if isinstance(part, Trace):
-        return TraceSide(part)
+        return TraceSide(part, x.device)
     if callable(part):
         return FunctionSide(part, x) if returns_stages(part) else RouterSide(part, ctx)
     raise EquivalenceError(

@@ -18,8 +18,8 @@ from moetk.equivalence.causes.chain import (
     weighed,
     with_parameters,
 )
-from moetk.equivalence.causes.counts import repeats
 from moetk.equivalence.causes.values import normalised, only_used, rows_of, used, value
+from moetk.equivalence.sides.loads import repeats
 
 
 def _outputs(e: Evidence) -> tuple[Tensor, Tensor, Tensor] | None:

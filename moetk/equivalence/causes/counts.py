@@ -9,6 +9,7 @@ from torch import Tensor
 
 from moetk.equivalence.cause import Evidence, cause
 from moetk.equivalence.causes.values import used, value
+from moetk.equivalence.sides.loads import repeats
 
 
 def _count(ids_TK: Tensor, e: Evidence, share_TK: Tensor | None = None) -> Tensor:
@@ -72,12 +73,6 @@ def _duplicates_once(e: Evidence) -> Iterator[Tensor]:
     ids_TK = value(e, "indices")
     if ids_TK is not None and bool(repeats(ids_TK).any()):
         yield _count(ids_TK, e, ~repeats(ids_TK))
-
-
-def repeats(ids_TK: Tensor) -> Tensor:
-    """(T, K) bool: choices whose expert the token has named in an earlier column."""
-    same_TKK = ids_TK[:, :, None] == ids_TK[:, None, :]
-    return same_TKK.tril(-1).any(-1) & (ids_TK >= 0)
 
 
 @cause(

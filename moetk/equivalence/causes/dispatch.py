@@ -10,8 +10,8 @@ from torch import Tensor
 
 from moetk.dispatch import Capacity
 from moetk.equivalence.cause import Evidence, cause
-from moetk.equivalence.causes.counts import repeats
 from moetk.equivalence.causes.values import value
+from moetk.equivalence.sides.loads import repeats
 from moetk.kernels.selection import expert_capacity, sequences
 from moetk.routing import TokenChoice
 

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from moetk.equivalence.cause import Cause, Evidence, cause
 from moetk.equivalence.causes.chain import hidden
-from moetk.equivalence.causes.counts import repeats
 from moetk.equivalence.causes.values import (
     at,
     multiple_of_all,
@@ -21,6 +20,7 @@ from moetk.equivalence.causes.values import (
     softmax,
     value,
 )
+from moetk.equivalence.sides.loads import repeats
 from moetk.equivalence.trace import cotangent
 from moetk.experts import ClampedGated, GptOssGated
 

@@ -12,12 +12,14 @@ from torch import Tensor, nn
 
 from moetk.context import RouterContext
 from moetk.equivalence.sides.counters import Forward, gained_by_counter
+from moetk.equivalence.sides.loads import loads
 from moetk.equivalence.sides.routed import Given, check_given, counts_of, forcing
 from moetk.equivalence.sides.untouched import copied
 from moetk.equivalence.trace import Scattered
 from moetk.errors import EquivalenceError
 from moetk.experts import ExpertBank
 from moetk.layers.shells import SITE, Site
+from moetk.routing import TokenChoice
 
 Stages = dict[str, Tensor | Scattered]
 CHOICE_BIAS = "e_score_correction_bias"
@@ -75,12 +77,17 @@ class ModuleSide:
         return replace(self.ctx, replay=given.get("indices", self.ctx.replay))
 
     def _counts(
-        self, ids_TK: Tensor, num_experts: int, ctx: RouterContext, forward: Forward, x_TH: Tensor
+        self, routing: TokenChoice, ctx: RouterContext, forward: Forward, x_TH: Tensor
     ) -> Tensor:
-        """(E,) int64: what a counter of the module's counts, else the choices themselves."""
+        """(E,) int64: what a counter of the module's counts, else the choices themselves.
+
+        routing: with kept_TK, also what was dropped on the way to the experts."""
         biases = [b for n, b in self.module.named_buffers() if n.rsplit(".", 1)[-1] == CHOICE_BIAS]
-        gained_E = gained_by_counter(self.module, num_experts, forward, x_TH, biases)
-        return counts_of(ids_TK, num_experts, ctx) if gained_E is None else gained_E
+        known = loads(routing, ctx)
+        gained_E = gained_by_counter(self.module, forward, x_TH, known, biases)
+        if gained_E is not None:
+            return gained_E
+        return counts_of(routing.experts_TK, routing.num_experts, ctx)
 
 
 def require_module(router: object, name: str) -> None:

@@ -14,20 +14,27 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from moetk.equivalence.double import still_in_double
+from moetk.equivalence.sides.loads import is_load
 from moetk.equivalence.sides.untouched import copied, plain_tensors
 
 Forward = Callable[[nn.Module, Tensor], Tensor]
 
 
 def gained_by_counter(
-    module: nn.Module, num_experts: int, forward: Forward, x_TH: Tensor, ignore: Sequence[Any] = ()
+    module: nn.Module,
+    forward: Forward,
+    x_TH: Tensor,
+    known: Sequence[Tensor],
+    ignore: Sequence[Tensor] = (),
 ) -> Tensor | None:
     """(E,) int64: what a counter of the module's gains in one training step under activation
     checkpointing, which runs the forward twice. None where nothing counts.
 
-    A counter is a buffer or attribute of shape (E,) that the step moves by whole numbers, whatever
-    its name. ignore: tensors that are none. The module is not changed: a copy is trained.
+    A counter is a buffer or attribute of shape (E,), whatever its name, that the step moves by one
+    of the known counts of the choices, or a multiple: steps since an expert was last used are whole
+    numbers too. ignore: tensors that are none. The module is not changed: a copy is trained.
     """
+    num_experts = len(known[0])
     if not _held(module, num_experts, ignore):
         return None
     ignored = [_path(module, tensor) for tensor in ignore]
@@ -44,7 +51,7 @@ def gained_by_counter(
     step(module, forward, x_TH)
     for path in moved:
         gained_E = _at(module, path).detach().double()
-        if torch.equal(gained_E, gained_E.round()):
+        if torch.equal(gained_E, gained_E.round()) and is_load(gained_E.long(), known):
             return gained_E.long()
     return None
 

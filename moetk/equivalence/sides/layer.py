@@ -71,8 +71,9 @@ class LayerSide(ModuleSide):
             stages |= loss_stage(self.module.attachment.losses, router.routing, ctx)
         if not torch.equal(y_TH, dispatcher.combined):
             stages["output"] = y_TH
-        if isinstance(router.routing, TokenChoice):
-            stages["counts"] = self._counted(router.routing, ctx, x_TH)
+        routing = with_drops(router.routing, dispatcher.local)
+        if isinstance(routing, TokenChoice):
+            stages["counts"] = self._counted(routing, ctx, x_TH)
         return stages
 
     def _counted(self, routing: TokenChoice, ctx: RouterContext, x_TH: Tensor) -> Tensor:
@@ -88,7 +89,7 @@ class LayerSide(ModuleSide):
             told_E = committed(layer.attachment, lambda: step(layer, forward, x_TH))
             if told_E is not None and len(told_E) == routing.num_experts:
                 return told_E
-        return self._counts(routing.experts_TK, routing.num_experts, ctx, forward, x_TH)
+        return self._counts(routing, ctx, forward, x_TH)
 
 
 def layer_stages(

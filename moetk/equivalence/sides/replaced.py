@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from moetk.context import RouterContext
+from moetk.dispatch import with_drops
 from moetk.equivalence.sides.bank_view import bank_view
 from moetk.equivalence.sides.base import Stages
 from moetk.equivalence.sides.block import (
@@ -74,8 +75,9 @@ class ReplacedSide(BlockSide):
             stages |= loss_stage(site.attachment.losses, routings[0], ctx)
         if not torch.equal(y_TH, dispatcher.combined):
             stages["output"] = y_TH
-        if isinstance(routings[0], TokenChoice):
-            stages["counts"] = self._counted(routings[0], ctx, x_TH)
+        routing = with_drops(routings[0], dispatcher.local)
+        if isinstance(routing, TokenChoice):
+            stages["counts"] = self._counted(routing, ctx, x_TH)
         return stages
 
     def _counted(self, routing: TokenChoice, ctx: RouterContext, x_TH: Tensor) -> Tensor:
@@ -91,7 +93,7 @@ class ReplacedSide(BlockSide):
             told_E = committed(_site(block).attachment, lambda: step(block, forward, x_TH))
             if told_E is not None and len(told_E) == routing.num_experts:
                 return told_E
-        return self._counts(routing.experts_TK, routing.num_experts, ctx, forward, x_TH)
+        return self._counts(routing, ctx, forward, x_TH)
 
 
 def _site(block: nn.Module) -> Site:

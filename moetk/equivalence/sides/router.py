@@ -59,8 +59,7 @@ class RouterSide(ModuleSide):
                 weights: Tensor = router(x_TH, ctx).weights_TK
                 return weights
 
-            ids_TK, num_experts = routing.experts_TK, routing.num_experts
-            stages["counts"] = self._counts(ids_TK, num_experts, ctx, forward, x_TH)
+            stages["counts"] = self._counts(routing, ctx, forward, x_TH)
         return stages
 
 

@@ -32,6 +32,7 @@ from moetk.equivalence.sides.untouched import untouched
 from moetk.equivalence.trace import Leaf, Scattered
 from moetk.errors import EquivalenceError
 from moetk.layers.families import Family, family_of
+from moetk.routing import TokenChoice
 
 
 @dataclass(eq=False)
@@ -153,15 +154,17 @@ class StockSide(BlockSide):
             with Choosing(gate_of(block), number, given.get("indices")):
                 return call_block(block, x_TH, ctx, self.name)
 
-        if num_experts is not None:
-            stages["counts"] = self._counts(ids_TK, num_experts, ctx, forward, x_TH)
-        stages["dispatched"] = torch.ones_like(ids_TK, dtype=torch.bool)
+        computed_TK = torch.ones_like(ids_TK, dtype=torch.bool)
         stages["combined"] = _flat(combined, len(x_TH))
         if call.products is not None:
             inner = inner_stages(call.products, asked, combined)
             stages |= inner.stages
             if inner.computed_TK is not None:
-                stages["dispatched"] = inner.computed_TK
+                computed_TK = inner.computed_TK
+        stages["dispatched"] = computed_TK
+        if num_experts is not None:
+            routing = TokenChoice(ids_TK, call.weights_TK, num_experts, kept_TK=computed_TK)
+            stages["counts"] = self._counts(routing, ctx, forward, x_TH)
         if not torch.equal(call.output_TH, combined.reshape(x_TH.shape)):
             stages["output"] = call.output_TH
         return stages

@@ -46,7 +46,7 @@ _MODULE_OF = {
     "Routing": "moetk.routing",
     "SoftChoice": "moetk.routing",
     "TokenChoice": "moetk.routing",
-    "compare": "moetk.equivalence.compare",
+    "compare": "moetk.equivalence.comparison",
     "record": "moetk.layers.recording",
     "register": "moetk.layers.register",
     "replace_moe": "moetk.layers.replace",
@@ -59,7 +59,7 @@ if TYPE_CHECKING:  # what editors and mypy read; a test holds it equal to the ta
     from moetk import parallel as parallel
     from moetk.auto import AutoModelForCausalLM
     from moetk.context import RouterContext
-    from moetk.equivalence.compare import compare
+    from moetk.equivalence.comparison import compare
     from moetk.equivalence.tracing import trace
     from moetk.errors import MoetkError
     from moetk.experts import ExpertBank

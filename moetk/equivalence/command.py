@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from moetk.context import RouterContext
-from moetk.equivalence.compare import compare
+from moetk.equivalence.comparison import compare
 from moetk.equivalence.model_report import ModelReport
 from moetk.equivalence.models import Progress, compare_models
 from moetk.equivalence.report import Report

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from moetk.equivalence.compare import compare
+from moetk.equivalence.comparison import compare
 from moetk.equivalence.report import Question, Report
 from moetk.errors import MoetkError
 

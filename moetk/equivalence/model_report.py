@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from moetk.equivalence.cause import deviation
-from moetk.equivalence.compare import PARITY
 from moetk.equivalence.report import Report
+from moetk.equivalence.rows import PARITY
 from moetk.errors import EquivalenceError
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ class ModelReport:
     after: float | None
     logits: float
     tensors: tuple[TensorApart, ...]
-    ids: Tensor
+    ids: Tensor = field(repr=False)
     notes: tuple[str, ...] = ()
     environment: Mapping[str, str] = field(default_factory=dict)
 

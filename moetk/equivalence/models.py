@@ -7,7 +7,6 @@ too: what differs is named where it is, and not in all that follows.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,9 +16,13 @@ from torch import Tensor, nn
 
 from moetk.context import RouterContext
 from moetk.equivalence.cause import deviation
-from moetk.equivalence.compare import NO_TWIN, compare
+from moetk.equivalence.chance import same_chance
+from moetk.equivalence.comparison import compare
 from moetk.equivalence.double import InDouble
 from moetk.equivalence.model_report import LayerReport, ModelReport, tensors_apart
+from moetk.equivalence.model_settings import settings_apart
+from moetk.equivalence.passes import NO_TWIN
+from moetk.equivalence.sides.untouched import copied, untouched
 from moetk.errors import EquivalenceError, ReplaceError
 from moetk.layers.families import family_of
 from moetk.layers.find import root_of
@@ -50,6 +53,9 @@ def compare_models(
 
     Neither model changes; both run in evaluation mode. What lies between the layers is judged in
     fp64, on a copy of one model at a time.
+    Not compared: the loss (Transformers adds the load of all layers to it where it is told to
+    return router logits) and what else happens in training alone; settings of that which the two
+    do not share are in the report's notes. Losses that replace_moe attached to a layer are.
     Raises EquivalenceError where the two cannot be set against each other, naming both values.
     """
     blocks_a, blocks_b = _blocks_of(a, "a"), _blocks_of(b, "b")
@@ -58,7 +64,7 @@ def compare_models(
     progress("own runs", 0, total)
     own_a, own_b = _run(a, ids_BS), _run(b, ids_BS)
     progress("around the layers", 1, total)
-    notes: list[str] = []
+    notes = settings_apart(a, b)
     around = _around(a, b, ids_BS, notes)
     ctx = _context(ids_BS)
     layers = []
@@ -176,16 +182,12 @@ def _run(model: nn.Module, ids_BS: Tensor, instead: _Values | None = None) -> _V
             block.block.register_forward_hook(_leaving(seen.outputs, outputs, index)),
             block.layer.register_forward_hook(_leaving(seen.after, after, index)),
         ]
-    training = [module for module in model.modules() if module.training]
-    model.eval()
     try:
-        with torch.no_grad():
+        with untouched(model), torch.no_grad(), same_chance(ids_BS):
             seen.logits = model(input_ids=ids_BS, use_cache=False).logits
     finally:
         for handle in handles:
             handle.remove()
-        for module in training:
-            module.training = True
     return seen
 
 
@@ -237,7 +239,7 @@ def _around(a: nn.Module, b: nn.Module, ids_BS: Tensor, notes: list[str]) -> Seq
 
 def _in_double(model: nn.Module) -> nn.Module:
     """A copy in fp64; of a stock model with eager experts, since grouped_mm refuses fp64."""
-    twin = copy.deepcopy(model)
+    twin = copied(model)
     try:
         replacement_of(twin)
     except ReplaceError:

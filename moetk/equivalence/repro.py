@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from moetk.equivalence.cause import read
-from moetk.equivalence.compare import NO_TWIN
 from moetk.equivalence.double import InDouble
 from moetk.equivalence.fewest import narrowed
+from moetk.equivalence.passes import NO_TWIN
 from moetk.equivalence.report import Report
 from moetk.equivalence.sides.pick import side_of
 from moetk.equivalence.source import Source, source_of

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from moetk import RouterContext, TokenChoice
-from moetk.equivalence.compare import compare
+from moetk.equivalence.comparison import compare
 from moetk.equivalence.report import Report
 from tests.equivalence.steps import inputs
 

@@ -64,7 +64,9 @@ def _entropy(routing: TokenChoice, ctx: RouterContext) -> Tensor:
     "a finite scalar in fp32",
     formula="L is a finite number; its dtype is fp32, or fp64 where the routing is fp64",
     source="arXiv 2101.03961, section 2.4 (selective precision); x log x is 0 at 0, not NaN",
-    cases=_any,
+    cases=lambda subject: (
+        _any(subject) | routings(subject.num_experts, subject.top_k, patterns=("huge",))
+    ),
     # 0 * log 0, where a softmax has underflowed
     broken=lambda: LossSubject(Written(_entropy, reads=("logits_TE",))),
 )
@@ -115,9 +117,7 @@ class _Weighted:
 
 
 def _no_coefficient(subject: LossSubject) -> str | None:
-    if subject.coefficient is None:
-        return "it has no number `coefficient`"
-    return None
+    return "it has no number `coefficient`" if subject.setting is None else None
 
 
 @law(
@@ -130,12 +130,11 @@ def _no_coefficient(subject: LossSubject) -> str | None:
     unless=_no_coefficient,
 )
 def coefficient(subject: LossSubject, case: Case) -> None:
-    assert subject.coefficient is not None
+    assert subject.setting is not None
     value, grad = flat_gradient(subject, case)
     for factor in (2.0, 0.0):
-        loss = with_setting(subject.loss, "coefficient", factor * subject.coefficient)
-        scaled = LossSubject(loss, subject.num_experts, subject.top_k, subject.told)
-        got, got_grad = flat_gradient(scaled, case)
+        loss = with_setting(subject.loss, "coefficient", factor * subject.setting)
+        got, got_grad = flat_gradient(subject.with_loss(loss), case)
         what = f"at {factor:g} times the coefficient"
         subject.hold_near(got, factor * value, f"the value {what}", case)
         subject.hold_near(got_grad, factor * grad, f"the gradient {what}", case, len(grad))
@@ -170,15 +169,20 @@ def _shifts_in_place(routing: TokenChoice, ctx: RouterContext) -> Tensor:
 @law(
     "L5",
     "the routing and the context stay as they are",
-    formula="every tensor of r and ctx is, to the bit, what it was before the call",
+    formula="every tensor of r and ctx, and the state of torch's random numbers, is, to the bit, "
+    "what it was before the call",
     source="transformers, nllb_moe Top2Router: noise added in place reaches later losses",
     cases=_any,
     broken=lambda: LossSubject(Written(_shifts_in_place, reads=("logits_TE",))),
 )
 def leaves_alone(subject: LossSubject, case: Case) -> None:
     copies = Case({name: tensor.clone() for name, tensor in case.tensors.items()}, case.settings)
-    routing = routing_of(copies)
+    routing, drawn = routing_of(copies), torch.get_rng_state()
     subject.loss(routing, context_of(copies))
+    hold(
+        torch.equal(torch.get_rng_state(), drawn),
+        "it draws random numbers: what is drawn after it, dropout say, is another",
+    )
     after = {**copies.tensors, **{name: field_of(routing, name) for name in FIELDS}}
     for name, tensor in case.tensors.items():
         hold(
@@ -279,7 +283,7 @@ def slope(subject: LossSubject, case: Case) -> None:
     extrapolated, truncated = (4 * near - far) / 3, float((near - far).abs())
     got = torch.stack([(found[name] * way).sum() for name, way in ways.items()]).sum()
     terms = OPERATIONS + case["logits_TE"].numel()
-    rounded = 2 * floor(value.dtype, terms) * max(subject.scale, float(value.abs())) / h
+    rounded = 2 * floor(value.dtype, terms) * max(subject.scale, abs(value.item())) / h
     hold(
         (got - extrapolated).abs() <= truncated + rounded,
         f"the gradient says {float(got):.6g}, the values {float(extrapolated):.6g}",

@@ -21,7 +21,7 @@ from moetk.testing.laws.losses_subject import (
     flat_gradient,
     with_setting,
 )
-from moetk.testing.laws.losses_tokens import ROWS, pick_of, shape_of, tokens
+from moetk.testing.laws.losses_tokens import ROWS, in_order, pick_of, shape_of, tokens
 from moetk.testing.strategies.losses import FIELDS, changed, routings, take_rows
 
 
@@ -44,7 +44,7 @@ def _mean_of_sequences(routing: TokenChoice, ctx: RouterContext) -> Tensor:
 
 def _of_the_whole(subject: LossSubject) -> str | None:
     if subject.scope in ("token", "sequence"):
-        return None
+        return in_order(subject)
     return f"its scope is {subject.scope}: a product of means over all its tokens does not split"
 
 
@@ -123,7 +123,7 @@ def _rows_only(routing: TokenChoice, ctx: RouterContext) -> Tensor:
 def _no_packing(subject: LossSubject) -> str | None:
     if subject.scope == "sequence" and not subject.takes_sequence_ids:
         return "it raises MissingContextError for a packed batch, as it may"
-    return _not_by_sequence(subject)
+    return _not_by_sequence(subject) or in_order(subject)
 
 
 @law(
@@ -224,8 +224,7 @@ def ranks(subject: LossSubject, case: Case) -> None:
 
 
 def _with_reduce(subject: LossSubject, reduce: Callable[[Tensor], Tensor]) -> LossSubject:
-    loss = with_setting(subject.loss, "reduce", reduce)
-    return LossSubject(loss, subject.num_experts, subject.top_k, subject.told)
+    return subject.with_loss(with_setting(subject.loss, "reduce", reduce))
 
 
 LAWS: tuple[Law[LossSubject], ...] = (micro_batches, own_sequence, packed, ranks)

@@ -24,9 +24,10 @@ from moetk.routing import TokenChoice
 from moetk.testing.law import Case, hold
 from moetk.testing.strategies.losses import FIELDS, build_case, changed, context_of, routing_of
 
-Like: TypeAlias = Literal["switch", "hf", "z", "variation"]
+Like: TypeAlias = Literal["switch", "hf", "z", "variation", "none"]
 """What a loss is a form of. "switch": E * sum f P / K, 1 in balance. "hf": the same without / K.
-"z": mean of squared logsumexp. "variation": of sums over tokens, 0 where experts are equal."""
+"z": mean of squared logsumexp. "variation": of sums over tokens, 0 where experts are equal.
+"none": of none of these."""
 
 OPERATIONS = 16
 """Roundings beside the sums (exp, log, divisions, squares) that a loss may make on one path."""
@@ -40,12 +41,20 @@ def _size_of_weights(case: Case) -> float:
 
 @dataclass(frozen=True, eq=False)
 class LossSubject:
-    """A loss, the sizes it is checked at, and what it is a form of (None = as measured)."""
+    """A loss, the sizes it is checked at, and what it is a form of (None = as measured).
+
+    factor: what the form is multiplied with, for a loss that has no `coefficient` of its own.
+    """
 
     loss: Loss
     num_experts: int = 8
     top_k: int = 2
     told: Like | None = None
+    factor: float | None = None
+
+    def with_loss(self, loss: Loss) -> LossSubject:
+        """The same question to another loss."""
+        return dataclasses.replace(self, loss=loss)
 
     def __call__(self, case: Case) -> Tensor:
         """The loss of a case, without its graph. Raises MoeShapeError unless it is a scalar."""
@@ -58,9 +67,19 @@ class LossSubject:
         return value.detach()
 
     @cached_property
-    def coefficient(self) -> float | None:
+    def setting(self) -> float | None:
+        """The loss's own `coefficient`, where that is a number."""
         value = getattr(self.loss, "coefficient", None)
         return float(value) if isinstance(value, int | float) else None
+
+    @cached_property
+    def coefficient(self) -> float | None:
+        """By which factor its value is known: its own, as told, or 1 where its form is told."""
+        if self.setting is not None:
+            return self.setting
+        if self.factor is None and self.told in ("switch", "hf", "z"):
+            return 1.0
+        return self.factor
 
     @cached_property
     def scope(self) -> str:
@@ -84,7 +103,7 @@ class LossSubject:
     def like(self) -> Like | None:
         """What it is a form of: as told, as its `normalisation` says, else as it behaves."""
         if self.told is not None:
-            return self.told
+            return None if self.told == "none" else self.told
         values = self._probes
         if self._is_z():
             return "z"
@@ -110,8 +129,11 @@ class LossSubject:
 
     @cached_property
     def scale(self) -> float:
-        """The size of its values: the largest on six ordinary routings."""
-        return max(float(value.abs()) for value in self._probes.values())
+        """The size of its values: the largest on the ordinary ones of its probes, whose logits
+        are no more than a few units."""
+        return max(
+            float(value.abs()) for name, value in self._probes.items() if name != "collapsed"
+        )
 
     def near(
         self,

@@ -51,8 +51,10 @@ def _running_share(routing: TokenChoice, ctx: RouterContext) -> Tensor:
     return routing.num_experts * (shares_TE * scores_TE).sum() / max(len(scores_TE), 1)
 
 
-def _ordered(subject: LossSubject) -> str | None:
-    return "it declares ordered" if getattr(subject.loss, "ordered", False) else None
+def in_order(subject: LossSubject) -> str | None:
+    if getattr(subject.loss, "ordered", False):
+        return "it declares ordered: who stands beside whom is a part of what it reads"
+    return None
 
 
 @law(
@@ -62,7 +64,7 @@ def _ordered(subject: LossSubject) -> str | None:
     source="Megatron-LM's running mean of counts: the gradient depends on who came first",
     cases=tokens("absent", "scattered"),
     broken=lambda: LossSubject(Written(_running_share)),
-    unless=_ordered,
+    unless=in_order,
 )
 def token_order(subject: LossSubject, case: Case) -> None:
     batch, length = shape_of(case)
@@ -126,6 +128,7 @@ def _equals_removing(subject: LossSubject, case: Case, name: str) -> None:
     source="transformers, load_balancing_loss_func: f and P must both leave padding out",
     cases=_columns,
     broken=lambda: LossSubject(Written(_mean_over_padding, reads=("logits_TE",))),
+    unless=in_order,
 )
 def masking(subject: LossSubject, case: Case) -> None:
     _equals_removing(subject, case, "token_mask")
@@ -142,6 +145,7 @@ def _labels_ignored(routing: TokenChoice, ctx: RouterContext) -> Tensor:
     source="attached losses enter with the weight of the micro-batch's label tokens",
     cases=lambda subject: _columns(subject, labels=True),
     broken=lambda: LossSubject(Written(_labels_ignored, reads=("logits_TE",))),
+    unless=in_order,
 )
 def labels(subject: LossSubject, case: Case) -> None:
     _equals_removing(subject, case, "label_mask")

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from moetk.routing import Routing
-from moetk.testing.law import judge_laws
+from moetk.testing.law import judge_laws, untouched_random
 from moetk.testing.laws import (
     banks_experts,
     banks_gradients,
@@ -42,10 +42,14 @@ def check_expert_bank(
 
     >>> check_expert_bank(ExpertBank(hidden_size=8, num_experts=4, intermediate_size=16))
 
-    A module is checked as a float64 copy in eval mode; what it holds stays as it is. Some laws need
-    to know more of it: parameters with one row an expert, (E, ...); a `spec` (BankSpec) with
-    `weights()` made of its parameters; `scale = "input"` where it multiplies by the routing weight
-    before the expert. Of a plain function only its output and its gradients are known.
+    A module is checked as a float64 copy on the CPU, in evaluation, and in training where it draws
+    nothing there; what it holds stays as it is, and so do torch's random numbers. A bank may refuse
+    a kind of routing by any exception; UnsupportedRoutingError is the good way, which says why.
+
+    Some laws need to know more of it: parameters with one row an expert, (E, ...); a `spec`
+    (BankSpec) with `weights()` made of its parameters; `scale = "input"` where it multiplies by the
+    routing weight before the expert. Of a plain function only its output and its gradients are
+    known.
 
     hidden_size, num_experts: where the bank has no attribute of that name; num_experts counts the
     ids that it answers. float64=False: compare in float32, where it has no float64.
@@ -53,11 +57,12 @@ def check_expert_bank(
 
     Returns the report of a bank that keeps every law that speaks about it. Raises LawBrokenError,
     whose `report` says which law broke on which smallest case, and RouterConfigError where a size
-    is not known.
+    is not known or `bank` is no bank.
     """
     sizes = {"hidden_size": hidden_size, "num_experts": num_experts}
-    subject = bank_under_test(bank, **sizes, float64=float64)
-    outcomes = judge_laws(BANK_LAWS, subject, examples=examples, derandomize=derandomize)
+    with untouched_random():
+        subject = bank_under_test(bank, **sizes, float64=float64)
+        outcomes = judge_laws(BANK_LAWS, subject, examples=examples, derandomize=derandomize)
     report = LawReport(
         name_of(bank),
         tuple(outcomes),

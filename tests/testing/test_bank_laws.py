@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -123,6 +125,85 @@ def test_users_banks_keep_every_law_that_speaks_of_them(bank: object) -> None:
         assert one.reason
 
 
+class Bends(DenseStack):
+    """Its activation is odd, or has its kink at zero rows; it leaves other kinds to Python."""
+
+    def __init__(self, bend: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.bend = bend
+
+    def forward(self, x_TH: Tensor, routing: Routing) -> Tensor:
+        used_TK = routing.experts_TK >= 0
+        if routing.kept_TK is not None:
+            used_TK = used_TK & routing.kept_TK
+        weights_TK = torch.where(used_TK, routing.weights_TK, 0).to(x_TH.dtype)
+        zeros_TE = x_TH.new_zeros(len(x_TH), self.num_experts)
+        weights_TE = zeros_TE.scatter_add(1, routing.experts_TK.clamp(min=0), weights_TK)
+        out_TEH = self.bend(torch.einsum("th,ehg->teg", x_TH, self.weight_EHH))
+        return torch.einsum("teg,te->tg", out_TEH, weights_TE)
+
+
+BENDS: dict[str, Callable[[Tensor], Tensor]] = {
+    "tanh": torch.tanh,
+    "sin": torch.sin,
+    "cube": lambda z: z**3,
+    "squared_relu": lambda z: z.relu().square(),
+    "relu": torch.relu,
+    "dropout": nn.Dropout(0.1),
+}
+
+
+@pytest.mark.parametrize("bend", BENDS)
+def test_activations_that_are_odd_or_kinked_or_drawn_are_right(bend: str) -> None:
+    bank = Bends(BENDS[bend])
+    assert bank_under_test(bank).modes == ((False,) if bend == "dropout" else (False, True))
+    report = check_expert_bank(bank, examples=12)
+    silent = {one.law.number: one.reason for one in report.having("not applicable")}
+    assert silent["B9"] == "it refuses the ExpertChoice that it was tried on: AttributeError"
+
+
+class LosesCrowds(ExpertBank):
+    """Works in blocks of 32 rows, and loses the first row of each but the first."""
+
+    def forward(self, x_TH: Tensor, routing: Routing) -> Tensor:
+        lost_T1 = (torch.arange(len(x_TH)) % 32 == 0)[:, None]
+        lost_T1[:1] = False
+        return super().forward(x_TH, routing).masked_fill(lost_T1, 0)
+
+
+class EightSlots(ExpertBank):
+    """Reads no more than eight choices of a token."""
+
+    def forward(self, x_TH: Tensor, routing: Routing) -> Tensor:
+        if isinstance(routing, TokenChoice):
+            ids_TK = routing.experts_TK.clone()
+            ids_TK[:, 8:] = -1
+            routing = replace(routing, experts_TK=ids_TK)
+        return super().forward(x_TH, routing)
+
+
+class DetachesInTraining(ExpertBank):
+    def forward(self, x_TH: Tensor, routing: Routing) -> Tensor:
+        if self.training and isinstance(routing, TokenChoice):
+            routing = replace(routing, weights_TK=routing.weights_TK.detach())
+        return super().forward(x_TH, routing)
+
+
+@pytest.mark.parametrize(
+    "kind, caught",
+    [
+        (LosesCrowds, {"B11", "B12", "B29"}),
+        (EightSlots, {"B5", "B7", "B29"}),
+        (DetachesInTraining, {"B18", "B19", "B29"}),
+    ],
+)
+def test_what_only_large_batches_or_training_show(kind: type[ExpertBank], caught: set[str]) -> None:
+    with pytest.raises(LawBrokenError) as raised:
+        check_expert_bank(kind(H, E, I), examples=30)
+    broken = {one.law.number for one in raised.value.report.having("broken")}
+    assert caught <= broken
+
+
 # What the smallest case of each broken part has to say.
 REASONS = {
     "B1": "non-empty TensorList",
@@ -155,6 +236,7 @@ REASONS = {
     "B28": "y_TH with gate and up exchanged differs",
     "B29": "against reference: d x_TH differs",
     "B30": "in torch.bfloat16 is",
+    "B31": "torch.get_rng_state() differs after the call",
 }
 
 
@@ -177,7 +259,7 @@ class Halves(ExpertBank):
 
 
 def test_a_broken_bank_raises_with_every_law_and_its_case() -> None:
-    with pytest.raises(LawBrokenError, match=r"Halves breaks \d+ of 30 laws") as caught:
+    with pytest.raises(LawBrokenError, match=r"Halves breaks \d+ of 31 laws") as caught:
         check_expert_bank(Halves(H, E, I), examples=5)
     report = caught.value.report
     assert {one.law.number for one in report.having("broken")} == {"B23", "B28", "B29", "B30"}
@@ -204,6 +286,19 @@ def test_a_bank_without_float64_is_checked_in_float32() -> None:
     report = check_expert_bank(Single(), float64=False, examples=8)
     silent = {one.law.number: one.reason for one in report.having("not applicable")}
     assert silent["B19"] == "finite differences need float64"
+
+
+@pytest.mark.parametrize("bank", [None, ExpertBank])
+def test_what_is_no_bank(bank: object) -> None:
+    with pytest.raises(RouterConfigError, match="is no bank; give it an object or a function"):
+        check_expert_bank(bank)
+
+
+def test_the_callers_random_numbers_stay() -> None:
+    bank = bank_of("gated")
+    before = torch.get_rng_state()
+    check_expert_bank(bank, examples=1)
+    assert torch.equal(before, torch.get_rng_state())
 
 
 def test_a_size_that_nobody_knows() -> None:

@@ -13,7 +13,8 @@ from moetk.experts import (
     bank_forward,
 )
 from moetk.routing import Routing, TokenChoice
-from moetk.testing.law import Case, law
+from moetk.testing.law import Case
+from moetk.testing.laws.banks_law import law
 from moetk.testing.laws.banks_routing import RightBank
 from moetk.testing.laws.banks_subject import (
     BankUnderTest,

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from moetk.experts import BankSpec, ExpertBank
 from moetk.routing import Routing, TokenChoice
-from moetk.testing.law import Case, hold, law
+from moetk.testing.law import Case, hold
+from moetk.testing.laws.banks_law import law
 from moetk.testing.laws.banks_subject import (
     BankUnderTest,
     agree,
@@ -29,6 +30,7 @@ from moetk.testing.laws.banks_subject import (
 )
 from moetk.testing.strategies.routings import (
     DISTINCT,
+    MANY,
     REPEATED,
     generator,
     normal,
@@ -221,7 +223,7 @@ class _Overwrites(RightBank):
     "a token's output is the sum over its slots",
     formula="y(e, w) = sum_k y(e[:, k], w[:, k])",
     source="arXiv 1701.06538, equation 1",
-    cases=lambda subject: routed(subject),
+    cases=lambda subject: routed(subject, more_choices=MANY),
     broken=lambda: bank_under_test(_Overwrites()),
 )
 def sum_over_slots(subject: BankUnderTest, case: Case) -> None:
@@ -314,7 +316,7 @@ class _SortsIdsAlone(RightBank):
     "the order of a token's slots is irrelevant",
     formula="y(e[:, p], w[:, p]) = y(e, w) for a permutation p of each row",
     source="rounding apart a sum has no order; torch.topk(sorted=False) leaves any",
-    cases=lambda subject: routed(subject),
+    cases=lambda subject: routed(subject, more_choices=MANY),
     broken=lambda: bank_under_test(_SortsIdsAlone()),
 )
 def slot_order(subject: BankUnderTest, case: Case) -> None:

@@ -9,14 +9,15 @@ from dataclasses import replace
 
 import torch
 from hypothesis import strategies as st
-from hypothesis.strategies import DrawFn
+from hypothesis.strategies import DrawFn, SearchStrategy
 from torch import Tensor
 from torch.nn import functional as F
 
 from moetk.context import RouterContext
 from moetk.dispatch import Capacity
 from moetk.routing import Routing, TokenChoice
-from moetk.testing.law import Case, hold, law
+from moetk.testing.law import Case, hold
+from moetk.testing.laws.banks_law import law
 from moetk.testing.laws.banks_routing import RightBank
 from moetk.testing.laws.banks_subject import (
     BankUnderTest,
@@ -29,21 +30,22 @@ from moetk.testing.laws.banks_subject import (
     rows_of,
     run,
 )
-from moetk.testing.strategies.routings import LAYOUTS, generator, laid_out, routing_of, seed_of
-
-
-def _taken(routing: TokenChoice, rows_R: Tensor) -> TokenChoice:
-    """The routing of some of its rows, or of all in another order."""
-    kept_TK = routing.kept_TK
-    return replace(
-        routing,
-        experts_TK=routing.experts_TK[rows_R],
-        weights_TK=routing.weights_TK[rows_R],
-        kept_TK=None if kept_TK is None else kept_TK[rows_R],
-    )
-
+from moetk.testing.strategies.routings import (
+    CROWDS,
+    LAYOUTS,
+    TOKENS,
+    generator,
+    laid_out,
+    routing_of,
+    seed_of,
+    taken,
+)
 
 _OF_ROWS = ("y_TH", "d x_TH", "d weights_TK")
+
+
+def _crowds(subject: BankUnderTest) -> SearchStrategy[Case]:
+    return routed(subject, tokens=(*TOKENS, *CROWDS))
 
 
 # B11
@@ -61,14 +63,14 @@ class _HasRoomForFew(RightBank):
     "the order of the tokens is irrelevant",
     formula="y(x[p], routing[p]) = y(x, routing)[p], and so every gradient",
     source="arXiv 1701.06538, equation 1, speaks of one token",
-    cases=routed,
+    cases=_crowds,
     broken=lambda: bank_under_test(_HasRoomForFew()),
 )
 def token_order(subject: BankUnderTest, case: Case) -> None:
     x_TH, routing, g_TH = routed_call(subject, case)
     order_T = torch.randperm(len(x_TH), generator=generator(seed_of(case)))
     want = results(subject, x_TH, routing, g_TH)
-    found = results(subject, x_TH[order_T], _taken(routing, order_T), g_TH[order_T])
+    found = results(subject, x_TH[order_T], taken(routing, order_T), g_TH[order_T])
     want |= {name: want[name][order_T] for name in _OF_ROWS}
     agree_all(subject, found, want, num_rows=rows_of(case), because="tokens in another order")
 
@@ -93,7 +95,7 @@ class _AveragesByLoad(RightBank):
     "a batch is its parts",
     formula="y(x || x') = y(x) || y(x'); parameter gradients add up",
     source="arXiv 2211.15841: without drops no token sees another",
-    cases=routed,
+    cases=_crowds,
     broken=lambda: bank_under_test(_AveragesByLoad()),
 )
 def batch_is_its_parts(subject: BankUnderTest, case: Case) -> None:
@@ -101,7 +103,7 @@ def batch_is_its_parts(subject: BankUnderTest, case: Case) -> None:
     whole = results(subject, x_TH, routing, g_TH)
     cut = seed_of(case) % (len(x_TH) + 1)
     parts = [
-        results(subject, x_TH[rows_R], _taken(routing, rows_R), g_TH[rows_R])
+        results(subject, x_TH[rows_R], taken(routing, rows_R), g_TH[rows_R])
         for rows_R in torch.arange(len(x_TH)).split([cut, len(x_TH) - cut])
     ]
     for name, tensor in whole.items():
@@ -237,7 +239,7 @@ class _DropsOutInEval(RightBank):
 @law(
     "B16",
     "the same call is the same, to the bit",
-    formula="two runs in eval mode: y and every gradient bitwise equal",
+    formula="two runs: y and every gradient bitwise equal",
     source="activation checkpointing takes a second run for the first",
     cases=routed,
     broken=lambda: bank_under_test(_DropsOutInEval()),
@@ -286,7 +288,7 @@ def two_in_flight(subject: BankUnderTest, case: Case) -> None:
     back_T = torch.arange(len(x_TH)).flip(0)
     calls = [
         (x_TH, routing, g_TH),
-        (2 * x_TH[back_T], _taken(routing, back_T), g_TH[back_T]),
+        (2 * x_TH[back_T], taken(routing, back_T), g_TH[back_T]),
     ]
     alone = [results(subject, *call) for call in calls]
     leaves = [
@@ -311,6 +313,37 @@ def two_in_flight(subject: BankUnderTest, case: Case) -> None:
             )
 
 
+# B31
+
+
+class _SeedsTheWorld(RightBank):
+    """Seeds torch in every call: whatever draws after it draws the same in each step."""
+
+    def forward(self, x_TH: Tensor, routing: Routing) -> Tensor:
+        torch.manual_seed(1234)
+        return super().forward(x_TH, routing)
+
+
+@law(
+    "B31",
+    "the global random state is left alone",
+    formula="torch.get_rng_state() is the same after forward and backward",
+    source="dropout and noisy routers of other layers draw from it",
+    cases=routed,
+    broken=lambda: bank_under_test(_SeedsTheWorld()),
+)
+def random_state_unchanged(subject: BankUnderTest, case: Case) -> None:
+    x_TH, routing, g_TH = case["x_TH"], routing_of(case, subject.num_experts), case["g_TH"]
+    torch.default_generator.manual_seed(seed_of(case))  # not the state that a seed of 0 leaves
+    before = torch.get_rng_state()
+    run(subject, x_TH, routing, g_TH)
+    hold(
+        torch.equal(before, torch.get_rng_state()),
+        "torch.get_rng_state() differs after the call: the bank seeds torch, or draws what it "
+        "does not use",
+    )
+
+
 LAWS = (
     token_order,
     batch_is_its_parts,
@@ -319,4 +352,5 @@ LAWS = (
     inputs_unchanged,
     deterministic,
     two_in_flight,
+    random_state_unchanged,
 )

@@ -25,7 +25,8 @@ from moetk.experts import (
     bank_forward,
 )
 from moetk.routing import Routing, TokenChoice
-from moetk.testing.law import Case, hold, law
+from moetk.testing.law import Case, hold
+from moetk.testing.laws.banks_law import law
 from moetk.testing.laws.banks_routing import RightBank
 from moetk.testing.laws.banks_subject import (
     BankUnderTest,
@@ -45,6 +46,9 @@ from moetk.testing.laws.banks_subject import (
     weight_names,
 )
 from moetk.testing.strategies.routings import (
+    CROWDS,
+    MANY,
+    TOKENS,
     generator,
     normal,
     seed_of,
@@ -210,7 +214,7 @@ class _GradientPassesTheClamp(RightBank):
     "the reference backend is the truth",
     formula="y and every gradient = bank_forward(spec, weights, x, routing, 'reference')",
     source="moetk.experts.reference: a loop over experts in plain torch",
-    cases=lambda subject: routed(subject),
+    cases=lambda subject: routed(subject, tokens=(*TOKENS, *CROWDS), more_choices=MANY),
     broken=lambda: bank_under_test(
         _GradientPassesTheClamp(BankSpec(4, 6, 5, activation=ClampedGated(0.4)))
     ),

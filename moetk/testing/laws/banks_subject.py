@@ -22,7 +22,13 @@ from moetk.errors import RouterConfigError
 from moetk.experts import BankSpec, BankWeights
 from moetk.routing import Routing, TokenChoice
 from moetk.testing.law import Case, hold
-from moetk.testing.strategies.routings import routed_rows, routing_of
+from moetk.testing.strategies.routings import (
+    generator,
+    normal,
+    routed_rows,
+    routing_of,
+    token_choice,
+)
 
 Tensors = Mapping[str, Tensor]
 Forward = Callable[[Tensor, Routing, Tensors], Tensor]
@@ -35,6 +41,7 @@ class BankUnderTest:
     num_experts: ids it answers, special ones included. dtype: of rows, and of its parameters.
     spec: what it computes, None = not known. scale: where it applies the routing weight.
     parameters: by name, all of them trained; none for a plain function.
+    modes: of `training`, those that the laws are checked in.
     """
 
     bank: Callable[[Tensor, Routing], Tensor]
@@ -44,6 +51,7 @@ class BankUnderTest:
     spec: BankSpec | None = None
     scale: str = "output"
     parameters: Tensors = field(default_factory=dict)
+    modes: tuple[bool, ...] = (False,)
 
     @property
     def real_experts(self) -> int:
@@ -96,12 +104,18 @@ def bank_under_test(
     num_experts: int | None = None,
     float64: bool = True,
 ) -> BankUnderTest:
-    """A module is copied, cast to float64, unfrozen and put into eval mode; a plain function must
-    take float64 rows. float64=False: float32 instead, where the bank has no float64.
+    """A module is copied to the CPU, cast to float64, unfrozen and put into eval mode; a plain
+    function must take float64 rows. float64=False: float32 instead, where the bank has no float64.
 
     Sizes are read from bank.spec, or from bank.hidden_size and bank.num_experts. Raises
-    RouterConfigError where they are neither there nor given, or where the bank cannot run at all.
+    RouterConfigError where they are neither there nor given, or where `bank` is no bank or cannot
+    run at all.
     """
+    if isinstance(bank, type) or not callable(bank):
+        raise RouterConfigError(
+            f"check_expert_bank: bank={bank!r} is no bank; give it an object or a function "
+            "(x_TH, routing) -> y_TH, built and ready to call."
+        )
     spec = getattr(bank, "spec", None)
     spec = spec if isinstance(spec, BankSpec) else None
     hidden_size = hidden_size or getattr(spec or bank, "hidden_size", None)
@@ -117,8 +131,10 @@ def bank_under_test(
     dtype = torch.float64 if float64 else torch.float32
     subject = BankUnderTest(bank, hidden_size, num_experts, dtype, spec, scale)
     subject = in_dtype(subject, dtype)
+    if isinstance(subject.bank, nn.Module):
+        subject.bank.eval()
     _try_once(subject)
-    return subject
+    return replace(subject, modes=_modes(subject))
 
 
 def _try_once(subject: BankUnderTest) -> None:
@@ -136,11 +152,30 @@ def _try_once(subject: BankUnderTest) -> None:
         ) from error
 
 
+def _modes(subject: BankUnderTest) -> tuple[bool, ...]:
+    """Evaluation, and training where it runs and draws nothing: the same four times over."""
+    if not isinstance(subject.bank, nn.Module):
+        return (False,)
+    source, num_ids = generator(0), subject.num_experts
+    routing = token_choice(129, num_ids, min(2, num_ids), "random", source, subject.dtype)
+    x_TH = normal((129, subject.hidden_size), source, subject.dtype)
+    subject.bank.train()
+    try:
+        with torch.no_grad():
+            first, *others = [subject(x_TH, routing) for _ in range(4)]
+    except Exception:
+        return (False,)
+    finally:
+        subject.bank.eval()
+    same = all(torch.allclose(first, y_TH, rtol=0, atol=0, equal_nan=True) for y_TH in others)
+    return (False, True) if same else (False,)
+
+
 def in_dtype(subject: BankUnderTest, dtype: torch.dtype) -> BankUnderTest:
-    """The same bank for rows of `dtype`: a copy, cast, unfrozen and in eval mode."""
+    """The same bank for rows of `dtype`: a copy on the CPU, cast and unfrozen."""
     if not isinstance(subject.bank, nn.Module):
         return replace(subject, dtype=dtype)
-    bank = copy.deepcopy(subject.bank).to(dtype).eval()
+    bank = copy.deepcopy(subject.bank).to("cpu", dtype)
     parameters = {
         n: p.requires_grad_() for n, p in bank.named_parameters() if p.is_floating_point()
     }

@@ -8,6 +8,7 @@ hypothesis shrinks towards few tokens and the plainest pattern.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import cast
 
 import torch
@@ -20,6 +21,13 @@ from moetk.testing.law import Case
 
 TOKENS = (1, 2, 5, 9, 0)
 """How many tokens are drawn; none at all is an ordinary batch."""
+
+CROWDS = (33, 129, 257)
+"""Tokens beyond a block of 32 and of 128, with one left over, and beyond a byte: what is lost there
+is lost in no smaller batch."""
+
+MANY = (9, 12)
+"""Choices a token beyond eight, and beyond most banks' experts: the first are named again."""
 
 DISTINCT = ("random", "tied", "hot")
 """random: K different experts a token. tied: the same with equal weights, 1/K each. hot: all tokens
@@ -47,9 +55,10 @@ def seeds() -> SearchStrategy[int]:
     return st.integers(0, 2**31 - 1)
 
 
-def choices_of(num_experts: int, largest: int = 8) -> SearchStrategy[int]:
-    """K: 1, 2, 3 and E itself, where that is at most `largest`."""
-    return st.sampled_from(sorted({min(k, num_experts, largest) for k in (1, 2, 3, num_experts)}))
+def choices_of(num_experts: int, more: tuple[int, ...] = ()) -> SearchStrategy[int]:
+    """K: 1, 2, 3 and E itself, where that is at most 8; and `more`, whatever E is."""
+    few = {min(k, num_experts, 8) for k in (1, 2, 3, num_experts)}
+    return st.sampled_from(sorted({*few, *more}))
 
 
 def generator(seed: int) -> torch.Generator:
@@ -99,15 +108,16 @@ def token_choice(
     dtype: torch.dtype = torch.float64,
 ) -> TokenChoice:
     """experts_TK and weights_TK after one of PATTERNS. Weights are normal, of both signs: a bank or
-    dispatcher has no business with what they sum to. Where one expert is named twice they are
-    positive, so that the two do not cancel and rounding stays small beside what is left."""
+    dispatcher has no business with what they sum to. Where one expert is named twice, as all are
+    where K > E, they are positive, so that the two do not cancel and rounding stays small beside
+    what is left."""
     shape = (num_tokens, top_k)
 
     def chance(share: float) -> Tensor:
         return torch.rand(shape, generator=source) < share
 
     order_TE = torch.rand(num_tokens, num_experts, generator=source).argsort(-1)
-    experts_TK = order_TE[:, :top_k]
+    experts_TK = order_TE[:, torch.arange(top_k) % num_experts]
     if pattern in ("duplicates", "mixed"):
         experts_TK = torch.randint(num_experts, shape, generator=source)
     elif pattern == "hot":
@@ -115,7 +125,7 @@ def token_choice(
     elif pattern == "starved":
         experts_TK = experts_TK[:1, :1].repeat(num_tokens, top_k)
     weights_TK = normal(shape, source, dtype)
-    if pattern in (*REPEATED, "mixed"):
+    if pattern in (*REPEATED, "mixed") or top_k > num_experts:
         weights_TK = weights_TK.abs()
     if pattern == "tied":
         weights_TK = torch.full_like(weights_TK, 1 / top_k)
@@ -206,9 +216,14 @@ def routed_rows(
     tokens: tuple[int, ...] = TOKENS,
     row_patterns: tuple[str, ...] = ROWS,
     dtype: torch.dtype = torch.float64,
+    more_choices: tuple[int, ...] = (),
 ) -> Case:
-    """x_TH, its TokenChoice (experts_TK, weights_TK, perhaps kept_TK) and a cotangent g_TH."""
-    num_tokens, top_k = draw(st.sampled_from(tokens)), draw(choices_of(num_experts))
+    """x_TH, its TokenChoice (experts_TK, weights_TK, perhaps kept_TK) and a cotangent g_TH.
+
+    more_choices: K that are drawn beside the usual ones.
+    """
+    num_tokens = draw(st.sampled_from(tokens))
+    top_k = draw(choices_of(num_experts, more_choices))
     pattern, row_pattern = draw(st.sampled_from(patterns)), draw(st.sampled_from(row_patterns))
     seed = draw(seeds())
     source = generator(seed)
@@ -222,6 +237,17 @@ def routed_rows(
     if routing.kept_TK is not None:
         tensors["kept_TK"] = routing.kept_TK
     return Case(tensors, {"pattern": pattern, "rows": row_pattern, "seed": seed})
+
+
+def taken(routing: TokenChoice, rows_R: Tensor) -> TokenChoice:
+    """The routing of some of its rows, or of all in another order. rows_R: int64."""
+    kept_TK = routing.kept_TK
+    return replace(
+        routing,
+        experts_TK=routing.experts_TK[rows_R],
+        weights_TK=routing.weights_TK[rows_R],
+        kept_TK=None if kept_TK is None else kept_TK[rows_R],
+    )
 
 
 def routing_of(case: Case, num_experts: int) -> TokenChoice:

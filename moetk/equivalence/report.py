@@ -24,11 +24,11 @@ if TYPE_CHECKING:
 class Question:
     """What `compare` was asked, so that it can be asked again, of fewer tokens."""
 
-    a: Any
-    b: Any
-    x: Tensor
-    ctx: RouterContext | None = None
-    routing: Routing | None = None
+    a: Any = field(repr=False)
+    b: Any = field(repr=False)
+    x: Tensor = field(repr=False)
+    ctx: RouterContext | None = field(default=None, repr=False)
+    routing: Routing | None = field(default=None, repr=False)
     seed: int = 0
 
 
@@ -78,14 +78,14 @@ class Report:
 
     a: str
     b: str
-    rows: tuple[Row, ...]
+    rows: tuple[Row, ...] = field(repr=False)
     causes: tuple[Cause, ...]
     choices: Choices | None
     notes: tuple[str, ...]
-    own_a: Trace
-    own_b: Trace
-    evidence: Evidence | None
-    question: Question
+    own_a: Trace = field(repr=False)
+    own_b: Trace = field(repr=False)
+    evidence: Evidence | None = field(repr=False)
+    question: Question = field(repr=False)
     environment: Mapping[str, str] = field(default_factory=dict)
 
     @property

@@ -22,7 +22,7 @@ from moetk.io.atomic import write_file
 _FORMAT = "moetk.trace.1"
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class StoredTrace(Trace):
     """A trace and what was said of it when it was saved."""
 

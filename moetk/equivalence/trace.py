@@ -114,6 +114,12 @@ class Trace:
     values: Mapping[str, Tensor]
     grads: Mapping[str, Tensor] = field(default_factory=dict)
 
+    def __repr__(self) -> str:
+        """Names and shapes."""
+        held = {**self.values, **{f"grad {name}": grad for name, grad in self.grads.items()}}
+        shapes = (f"{name} {tuple(tensor.shape)}" for name, tensor in held.items())
+        return f"{type(self).__name__}({', '.join(shapes)})"
+
 
 def observe(
     side: Side,

@@ -10,7 +10,8 @@ from moetk.equivalence.table import WIDTH, aligned, fact, facts, number, ratio
 HEAD = ("layer", "around", "worst local", "flipped", "ties", "entering", "leaving", "verdict")
 LEGEND = (
     "around: error in fp64 of what is not the block. worst local: largest error of a stage "
-    "in units of the plain implementation's. entering, leaving: hidden states, models left alone."
+    "in units of the plain implementation's. entering, leaving: hidden states, models left alone. "
+    "Not compared: the loss, and what happens in training alone."
 )
 SHOWN = 8  # of the tensors that differ
 

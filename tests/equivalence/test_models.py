@@ -10,6 +10,7 @@ from torch import nn
 
 import moetk
 from moetk.equivalence import compare_models
+from moetk.equivalence.model_settings import settings_apart
 from moetk.equivalence.models import moe_blocks
 from moetk.equivalence.page import render
 from moetk.errors import EquivalenceError
@@ -122,6 +123,37 @@ def test_every_family_is_its_replacement(family):
     moetk.replace_moe(ours)
     report = compare_models(theirs, ours, ids(1, 8))
     assert report.ok and report.notes == () and report.after <= 1e-10, report.table()
+
+
+def test_settings_of_training_are_noted(stock):
+    ours = copy.deepcopy(stock)
+    ours.config.output_router_logits = not stock.config.output_router_logits
+    ours.router_aux_loss_coef = 0.5
+    report = compare_models(stock, ours, ids())
+    now, then = (model.config.output_router_logits for model in (stock, ours))
+    assert report.ok and report.notes == tuple(
+        f"training is not compared, and the two differ in it: {what}"
+        for what in (
+            f"config.output_router_logits is {now} in a, {then} in b",
+            f"model.router_aux_loss_coef is {stock.router_aux_loss_coef} in a, 0.5 in b",
+        )
+    )
+    assert "Not compared: the loss" in " ".join(report.table().split())
+    assert "model.router_aux_loss_coef" in render(report)
+    assert "absent in b" in " ".join(settings_apart(stock, tiny("deepseek_v3")))
+
+
+def test_a_model_that_keeps_and_draws_is_left_as_it_was(stock):
+    theirs, ours = copy.deepcopy(stock), copy.deepcopy(stock)
+    seen = ours.model.layers[0].seen = []
+    ours.model.layers[0].register_forward_pre_hook(lambda layer, args: layer.seen.append(1))
+    ours.aux_loss = (ours.lm_head.weight * 2).sum()  # a tensor with a graph
+    before = torch.get_rng_state()
+    for model in (theirs, ours):
+        model.lm_head.register_forward_hook(lambda head, args, out: out + torch.rand(1).double())
+    report = compare_models(theirs, ours, ids())
+    assert report.ok and report.notes == (), report.table()
+    assert torch.equal(torch.get_rng_state(), before) and seen == []
 
 
 class Single(nn.Module):

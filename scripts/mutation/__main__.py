@@ -53,6 +53,7 @@ TESTS = [
     "tests/test_rout*.py",
     "tests/test_check_routing.py",
     "tests/test_catalogue.py",
+    "tests/test_edges.py",
     "tests/test_selection.py",
     "tests/test_counting.py",
     "tests/test_controllers.py",

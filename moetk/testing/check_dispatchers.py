@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from moetk.dispatch import Dispatcher
-from moetk.testing.law import judge_laws
+from moetk.testing.law import judge_laws, untouched_random
 from moetk.testing.laws import (
     dispatchers,
     dispatchers_calls,
@@ -37,7 +37,9 @@ def check_dispatcher(
     >>> check_dispatcher(Local(Capacity(1.25)))
 
     All experts are taken to be here: one rank, or a group of one. `local` may hold other rows than
-    x_TH, one a choice for example, and its ids are experts 0 to E - 1.
+    x_TH, one a choice for example, and its ids are experts 0 to E - 1. A copy is checked, on the
+    CPU, where the dispatcher can be copied. It may refuse an ExpertChoice or a SoftChoice by any
+    exception; UnsupportedRoutingError is the good way, which says why.
 
     num_experts, hidden_size: of the routings and rows that are sent.
     with_capacity: (factor) -> the same dispatcher, whose experts each have ceil(factor S K / E)
@@ -47,11 +49,12 @@ def check_dispatcher(
 
     Returns the report of a dispatcher that keeps every law that speaks about it. Raises
     LawBrokenError, whose `report` says which law broke on which smallest case, and
-    RouterConfigError on sizes below 1.
+    RouterConfigError on sizes below 1 and on what is no dispatcher.
     """
     sizes = {"num_experts": num_experts, "hidden_size": hidden_size}
-    subject = dispatcher_under_test(dispatcher, **sizes, with_capacity=with_capacity)
-    outcomes = judge_laws(DISPATCHER_LAWS, subject, examples=examples, derandomize=derandomize)
+    with untouched_random():
+        subject = dispatcher_under_test(dispatcher, **sizes, with_capacity=with_capacity)
+        outcomes = judge_laws(DISPATCHER_LAWS, subject, examples=examples, derandomize=derandomize)
     report = LawReport(
         type(dispatcher).__qualname__,
         tuple(outcomes),

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
+import torch
 from torch import Tensor
 
 from moetk.context import RouterContext
@@ -18,15 +21,26 @@ from tests.testing.drawn import drawn
 CAPACITY = {"D13", "D14", "D15", "D16", "D17", "D18"}
 
 
+class ReadsIds(Local):
+    """A user's dispatcher, which leaves other kinds to Python."""
+
+    def dispatch(
+        self, x_TH: Tensor, routing: Routing, ctx: RouterContext | None = None
+    ) -> tuple[Tensor, Routing, None]:
+        assert len(routing.experts_TK) == len(x_TH)
+        return x_TH, routing, None
+
+
 @pytest.mark.parametrize(
     "dispatcher, silent",
     [
         (Local(), CAPACITY),
-        (Local(Capacity(1.0)), set()),
-        (Local(Capacity(0.7, by_weight)), set()),
-        (PerChoice(), CAPACITY),
+        (Local(Capacity(1.0)), {"D12"}),
+        (Local(Capacity(0.7, by_weight)), {"D12"}),
+        (PerChoice(), CAPACITY | {"D12"}),
+        (ReadsIds(), CAPACITY | {"D12"}),
     ],
-    ids=["local", "first_come", "by_weight", "a_row_a_choice"],
+    ids=["local", "first_come", "by_weight", "a_row_a_choice", "no_words_for_other_kinds"],
 )
 def test_right_dispatchers_keep_every_law(dispatcher: object, silent: set[str]) -> None:
     report = check_dispatcher(dispatcher, **drawn())
@@ -39,10 +53,11 @@ def test_a_users_capacity_is_checked_where_it_can_be_set() -> None:
         return Local(Queue(factor))
 
     unsaid = check_dispatcher(at(1.0), examples=6)
-    assert {one.law.number for one in unsaid.having("not applicable")} == CAPACITY
+    assert {one.law.number for one in unsaid.having("not applicable")} == CAPACITY | {"D12"}
     said = check_dispatcher(at(1.0), with_capacity=at, examples=6)
-    (silent,) = said.having("not applicable")
-    assert silent.law.number == "D18" and "whom it serves first" in silent.reason
+    silent = {one.law.number: one.reason for one in said.having("not applicable")}
+    assert silent.keys() == {"D12", "D18"}
+    assert "whom it serves first" in silent["D18"] and "refuses" in silent["D12"]
 
 
 @pytest.mark.parametrize("sizes", [{"num_experts": 1}, {"num_experts": 9, "hidden_size": 1}])
@@ -74,6 +89,7 @@ REASONS = {
     "D21": "a choice is kept that the router dropped",
     "D22": "a sequence keeps other choices in a batch than alone",
     "D23": "other choices are kept when experts are renamed",
+    "D24": "torch.get_rng_state() differs after the call",
 }
 
 
@@ -101,6 +117,50 @@ def test_a_broken_dispatcher_raises_with_the_law_and_its_case() -> None:
         check_dispatcher(Negates(), examples=5)
     broken = {one.law.number for one in caught.value.report.having("broken")}
     assert {"D3", "D4", "D5", "D11"} <= broken and "D1" not in broken
+
+
+class LosesCrowds(PerChoice):
+    """Brings no more than 128 rows home."""
+
+    def combine(self, y_RH: Tensor, handle: Any) -> Tensor:
+        token_N, num_tokens = handle
+        return super().combine(y_RH[:128], (token_N[:128], num_tokens))
+
+
+def test_what_only_large_batches_show() -> None:
+    with pytest.raises(LawBrokenError) as raised:
+        check_dispatcher(LosesCrowds(), examples=30)
+    assert {one.law.number for one in raised.value.report.having("broken")} == {"D3", "D5"}
+
+
+@pytest.mark.parametrize("dispatcher", [None, Local])
+def test_what_is_no_dispatcher(dispatcher: object) -> None:
+    with pytest.raises(RouterConfigError, match="is no dispatcher; give it an object with"):
+        check_dispatcher(dispatcher)
+
+
+class Counts(Local):
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen = 0
+
+    def dispatch(
+        self, x_TH: Tensor, routing: Routing, ctx: RouterContext | None = None
+    ) -> tuple[Tensor, Routing, None]:
+        self.seen += 1
+        return super().dispatch(x_TH, routing, ctx)
+
+
+def test_the_dispatcher_that_is_checked_and_the_random_numbers_stay() -> None:
+    dispatcher, before = Counts(), torch.get_rng_state()
+    check_dispatcher(dispatcher, examples=1)
+    assert dispatcher.seen == 0 and torch.equal(before, torch.get_rng_state())
+
+
+def test_a_dispatcher_that_cannot_be_copied_is_checked_itself() -> None:
+    dispatcher = Counts()
+    dispatcher.group = (one for one in ())  # a generator, as little as a process group
+    assert check_dispatcher(dispatcher, examples=1).ok and dispatcher.seen > 0
 
 
 def test_sizes_are_whole_numbers() -> None:

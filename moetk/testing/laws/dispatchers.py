@@ -23,16 +23,18 @@ from moetk.testing.laws.dispatchers_subject import (
     cases_of,
     close,
     context_of,
+    crowds,
     dispatcher_under_test,
     kept_counts,
-    scaling_bank,
     send,
+    through,
 )
 from moetk.testing.strategies.routings import (
     generator,
     normal,
     routing_of,
     seed_of,
+    taken,
 )
 
 
@@ -144,7 +146,7 @@ class _CountsTokensFirst(PerChoice):
     "each kept choice arrives exactly once, at its expert",
     formula="the multiset of (token, expert) that arrived = that of the kept choices",
     source="arXiv 2006.16668, algorithm 1; rows carry their token's number as a tag",
-    cases=cases_of(),
+    cases=crowds,
     broken=lambda: dispatcher_under_test(_CountsTokensFirst()),
 )
 def exactly_once(subject: DispatcherUnderTest, case: Case) -> None:
@@ -191,14 +193,13 @@ class _RoundsWeights(Local):
     "identity experts return the token times its kept weights",
     formula="f_e(x) = x: y_t = x_t sum over kept k of w_tk",
     source="arXiv 1701.06538, equation 1, with identity experts",
-    cases=cases_of(),
+    cases=crowds,
     broken=lambda: dispatcher_under_test(_RoundsWeights()),
 )
 def identity_experts(subject: DispatcherUnderTest, case: Case) -> None:
     dispatcher, x_TH, routing, ctx = dispatched(subject, case)
-    sent = send(dispatcher, x_TH, routing, ctx)
     ones_E = torch.ones(subject.num_experts, dtype=x_TH.dtype)
-    y_TH = dispatcher.combine(scaling_bank(sent.x_RH, sent.local, ones_E), sent.handle)
+    sent, y_TH = through(dispatcher, x_TH, routing, ctx, ones_E)
     kept_TK = routing.weights_TK * sent.kept_TK
     close(
         y_TH,
@@ -236,8 +237,7 @@ def like_at_home(subject: DispatcherUnderTest, case: Case) -> None:
     scale_E = normal((subject.num_experts,), generator(seed_of(case)), x_TH.dtype)
     leaves = [t.clone().requires_grad_() for t in (x_TH, routing.weights_TK, scale_E)]
     x, weights_TK, s_E = leaves
-    sent = send(dispatcher, x, replace(routing, weights_TK=weights_TK), ctx)
-    y_TH = dispatcher.combine(scaling_bank(sent.x_RH, sent.local, s_E), sent.handle)
+    sent, y_TH = through(dispatcher, x, replace(routing, weights_TK=weights_TK), ctx, s_E)
     found = torch.autograd.grad(y_TH, leaves, case["g_TH"], materialize_grads=True)
 
     ids_TK, kept_TK = routing.experts_TK.clamp(min=0), sent.kept_TK
@@ -269,7 +269,7 @@ class _Averages(PerChoice):
     "combine is the transpose of dispatch",
     formula="<dispatch(x), y> = <x, combine(y)> for any rows y",
     source="the backward of each is then the other, as in Megatron-LM's token dispatchers",
-    cases=cases_of(),
+    cases=crowds,
     broken=lambda: dispatcher_under_test(_Averages()),
 )
 def transposes(subject: DispatcherUnderTest, case: Case) -> None:
@@ -314,21 +314,12 @@ def token_order(subject: DispatcherUnderTest, case: Case) -> None:
     source = generator(seed_of(case))
     scale_E = normal((subject.num_experts,), source, x_TH.dtype)
     order_T = torch.randperm(len(x_TH), generator=source)
-    kept_TK = routing.kept_TK
-    moved = replace(
-        routing,
-        experts_TK=routing.experts_TK[order_T],
-        weights_TK=routing.weights_TK[order_T],
-        kept_TK=None if kept_TK is None else kept_TK[order_T],
-    )
     outputs = []
-    for rows_TH, one in ((x_TH, routing), (x_TH[order_T], moved)):
-        sent = send(dispatcher, rows_TH, one, ctx)
+    for rows_TH, one in ((x_TH, routing), (x_TH[order_T], taken(routing, order_T))):
+        sent, y_TH = through(dispatcher, rows_TH, one, ctx, scale_E)
         if not torch.equal(sent.kept_TK, wanted(one)):
             return  # it drops, and whom it drops may depend on the order
-        outputs.append(
-            dispatcher.combine(scaling_bank(sent.x_RH, sent.local, scale_E), sent.handle)
-        )
+        outputs.append(y_TH)
     size = x_TH.norm() * (1 + routing.weights_TK.abs().sum()) * scale_E.norm()
     close(
         outputs[1],

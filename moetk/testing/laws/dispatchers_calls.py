@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import replace
 from typing import Any, cast
 
@@ -12,7 +13,6 @@ from torch import Tensor
 
 from moetk.context import RouterContext
 from moetk.dispatch import Local
-from moetk.errors import UnsupportedRoutingError
 from moetk.routing import ExpertChoice, Routing, SoftChoice, TokenChoice
 from moetk.testing.law import Case, hold, law
 from moetk.testing.laws.dispatchers import PerChoice, dispatched, wanted
@@ -23,8 +23,10 @@ from moetk.testing.laws.dispatchers_subject import (
     close,
     context_of,
     dispatcher_under_test,
+    home,
     scaling_bank,
     send,
+    through,
 )
 from moetk.testing.strategies.routings import (
     expert_choice,
@@ -34,6 +36,7 @@ from moetk.testing.strategies.routings import (
     seed_of,
     seeds,
     soft_choice,
+    taken,
 )
 
 # D7
@@ -63,8 +66,7 @@ def no_tokens(subject: DispatcherUnderTest, case: Case) -> None:
     ones_E = torch.ones(subject.num_experts, dtype=x_TH.dtype)
     for context in (ctx, None):
         x = x_TH.clone().requires_grad_()
-        sent = send(dispatcher, x, routing, context)
-        y_TH = dispatcher.combine(scaling_bank(sent.x_RH, sent.local, ones_E), sent.handle)
+        _, y_TH = through(dispatcher, x, routing, context, ones_E)
         hold(y_TH.shape == x_TH.shape, f"y is {tuple(y_TH.shape)}, not {tuple(x_TH.shape)}")
         hold(y_TH.requires_grad, "y has no graph: a backward would stop before the layer below")
         (dx_TH,) = torch.autograd.grad(y_TH.sum(), x)
@@ -99,8 +101,7 @@ def deterministic(subject: DispatcherUnderTest, case: Case) -> None:
     scale_E = normal((subject.num_experts,), generator(seed_of(case)), x_TH.dtype)
     seen = []
     for _ in range(2):
-        sent = send(dispatcher, x_TH, routing, ctx)
-        y_TH = dispatcher.combine(scaling_bank(sent.x_RH, sent.local, scale_E), sent.handle)
+        sent, y_TH = through(dispatcher, x_TH, routing, ctx, scale_E)
         seen.append({"kept_TK": sent.kept_TK, "x_RH": sent.x_RH, "y_TH": y_TH})
     for name, first in seen[0].items():
         hold(torch.equal(first, seen[1][name]), f"{name} differs between two runs", first=first)
@@ -135,22 +136,12 @@ class _KeepsTheHandleItself(PerChoice):
 def two_in_flight(subject: DispatcherUnderTest, case: Case) -> None:
     dispatcher, x_TH, routing, ctx = dispatched(subject, case)
     scale_E = normal((subject.num_experts,), generator(seed_of(case)), x_TH.dtype)
-    back = replace(
-        routing,
-        experts_TK=routing.experts_TK.flip(0),
-        weights_TK=routing.weights_TK.flip(0),
-        kept_TK=None if routing.kept_TK is None else routing.kept_TK.flip(0),
-    )
-    calls = [(x_TH, routing), (x_TH.flip(0), back)]
-
-    def finish(sent: Any) -> Tensor:
-        y_RH = scaling_bank(sent.x_RH, sent.local, scale_E)
-        return cast(Tensor, dispatcher.combine(y_RH, sent.handle))
-
-    alone = [finish(send(dispatcher, rows_TH, one, ctx)) for rows_TH, one in calls]
+    back_T = torch.arange(len(x_TH)).flip(0)
+    calls = [(x_TH, routing), (x_TH[back_T], taken(routing, back_T))]
+    alone = [through(dispatcher, *call, ctx, scale_E)[1] for call in calls]
     flying = [send(dispatcher, rows_TH, one, ctx) for rows_TH, one in calls]
     for which, sent in enumerate(flying):
-        y_TH = finish(sent)
+        y_TH = home(dispatcher, sent, scale_E)
         hold(
             y_TH.shape == alone[which].shape and torch.equal(y_TH, alone[which]),
             f"combine {which + 1} of 2 returned another result than alone",
@@ -249,9 +240,24 @@ class _CutsOtherKinds(Local):
         return x_TH, routing, None
 
 
+def _served(subject: DispatcherUnderTest) -> list[type[Routing]]:
+    """The other kinds that it does not refuse, by whatever exception: nobody overlooks one."""
+    source, num_experts = generator(0), subject.num_experts
+    x_TH = rows(4, subject.hidden_size, "gaussian", source)
+    served: list[type[Routing]] = []
+    for routing in (
+        expert_choice(4, num_experts, 1, source),
+        soft_choice(2, 2, num_experts, 1, source),
+    ):
+        with contextlib.suppress(Exception):
+            subject.dispatcher.dispatch(x_TH, routing, RouterContext(batch_shape=(2, 2)))
+            served.append(type(routing))
+    return served
+
+
 @st.composite
 def _other_kinds(draw: DrawFn, subject: DispatcherUnderTest) -> Case:
-    seed, soft = draw(seeds()), draw(st.booleans())
+    seed, soft = draw(seeds()), draw(st.sampled_from(_served(subject))) is SoftChoice
     source, num_experts = generator(seed), subject.num_experts
     tensors = {"x_TH": rows(4, subject.hidden_size, "gaussian", source)}
     plain = {"seed": seed, "batch": 2, "length": 2}
@@ -268,10 +274,11 @@ def _other_kinds(draw: DrawFn, subject: DispatcherUnderTest) -> Case:
 @law(
     "D12",
     "another kind of routing is served in full, or refused",
-    formula="ExpertChoice, SoftChoice: arrives whole, or raises UnsupportedRoutingError",
+    formula="ExpertChoice, SoftChoice: arrives whole, or raises (best: UnsupportedRoutingError)",
     source="their load is fixed by the router: arXiv 2202.09368, arXiv 2308.00951",
     cases=_other_kinds,
     broken=lambda: dispatcher_under_test(_CutsOtherKinds()),
+    unless=lambda subject: None if _served(subject) else "it refuses every other kind of routing",
 )
 def other_kinds(subject: DispatcherUnderTest, case: Case) -> None:
     x_TH, dispatcher, routing = case["x_TH"], subject.dispatcher, cast(Routing, None)
@@ -279,10 +286,7 @@ def other_kinds(subject: DispatcherUnderTest, case: Case) -> None:
         routing = ExpertChoice(case["tokens_EC"], case["weights_EC"], len(x_TH))
     else:
         routing = SoftChoice(case["dispatch_BSP"], case["combine_BSP"], subject.num_experts)
-    try:
-        x_RH, local, handle = dispatcher.dispatch(x_TH, routing, context_of(case))
-    except UnsupportedRoutingError:
-        return
+    x_RH, local, handle = dispatcher.dispatch(x_TH, routing, context_of(case))
     if isinstance(routing, SoftChoice):
         whole = isinstance(local, SoftChoice) and all(
             torch.equal(getattr(local, name), getattr(routing, name))
@@ -297,6 +301,40 @@ def other_kinds(subject: DispatcherUnderTest, case: Case) -> None:
     close(y_TH, want_TH, "y of identity experts", terms=subject.num_experts + 2, size=size)
 
 
+# D24
+
+
+class _SeedsTheWorld(Local):
+    """Seeds torch, to break ties alike on every rank: whatever draws later draws the same."""
+
+    def dispatch(
+        self, x_TH: Tensor, routing: Routing, ctx: RouterContext | None = None
+    ) -> tuple[Tensor, Routing, None]:
+        torch.manual_seed(1234)
+        return x_TH, routing, None
+
+
+@law(
+    "D24",
+    "the global random state is left alone",
+    formula="torch.get_rng_state() is the same after dispatch and combine",
+    source="dropout and noisy routers of other layers draw from it",
+    cases=cases_of(),
+    broken=lambda: dispatcher_under_test(_SeedsTheWorld()),
+)
+def random_state_unchanged(subject: DispatcherUnderTest, case: Case) -> None:
+    dispatcher, x_TH, routing, ctx = dispatched(subject, case)
+    ones_E = torch.ones(subject.num_experts, dtype=x_TH.dtype)
+    torch.default_generator.manual_seed(seed_of(case))  # not the state that a seed of 0 leaves
+    before = torch.get_rng_state()
+    through(dispatcher, x_TH, routing, ctx, ones_E)
+    hold(
+        torch.equal(before, torch.get_rng_state()),
+        "torch.get_rng_state() differs after the call: the dispatcher seeds torch, or draws what "
+        "it does not use",
+    )
+
+
 LAWS = (
     no_tokens,
     deterministic,
@@ -304,4 +342,5 @@ LAWS = (
     inputs_unchanged,
     rows_travel_unchanged,
     other_kinds,
+    random_state_unchanged,
 )

@@ -5,6 +5,8 @@ Letters: T tokens, R rows after dispatch, H hidden, E experts, K choices a token
 
 from __future__ import annotations
 
+import contextlib
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, cast
@@ -17,11 +19,14 @@ from torch import Tensor
 from moetk.context import RouterContext
 from moetk.dispatch import Capacity, Dispatcher, Local, with_drops
 from moetk.equivalence.judge import floor
+from moetk.errors import RouterConfigError
 from moetk.routing import ExpertChoice, Routing, TokenChoice
 from moetk.settings import check_whole
 from moetk.testing.law import Case, Setting, hold
 from moetk.testing.strategies.routings import (
+    CROWDS,
     DISTINCT,
+    MANY,
     choices_of,
     generator,
     normal,
@@ -67,9 +72,20 @@ def dispatcher_under_test(
     hidden_size: int = 6,
     with_capacity: Callable[[float], Dispatcher] | None = None,
 ) -> DispatcherUnderTest:
-    """`Local(Capacity(...))` says itself how to build it at another capacity. Raises
-    RouterConfigError on sizes below 1."""
+    """A copy of the dispatcher, where it can be copied: a process group cannot.
+
+    `Local(Capacity(...))` says itself how to build it at another capacity. Raises
+    RouterConfigError on sizes below 1, and on what has no `dispatch` and `combine`.
+    """
     check_whole("check_dispatcher", num_experts=num_experts, hidden_size=hidden_size)
+    methods = (getattr(dispatcher, name, None) for name in ("dispatch", "combine"))
+    if isinstance(dispatcher, type) or not all(map(callable, methods)):
+        raise RouterConfigError(
+            f"check_dispatcher: dispatcher={dispatcher!r} is no dispatcher; give it an object with "
+            "dispatch and combine, such as Local()."
+        )
+    with contextlib.suppress(TypeError, RuntimeError, NotImplementedError):
+        dispatcher = copy.deepcopy(dispatcher)
     capacity = getattr(dispatcher, "capacity", None)
     if with_capacity is None and type(dispatcher) is Local and isinstance(capacity, Capacity):
 
@@ -103,10 +119,14 @@ def sent(
     batches: tuple[int, ...] = (1, 2, 3),
     factors: tuple[float, ...] = FACTORS,
     padding: bool = False,
+    more_choices: tuple[int, ...] = (),
 ) -> Case:
-    """x_TH, a TokenChoice, a cotangent g_TH, perhaps token_mask_T; B sequences of S tokens."""
+    """x_TH, a TokenChoice, a cotangent g_TH, perhaps token_mask_T; B sequences of S tokens.
+
+    more_choices: K that are drawn beside the usual ones.
+    """
     batch, length = draw(st.sampled_from(batches)), draw(st.sampled_from(lengths))
-    top_k = draw(choices_of(subject.num_experts))
+    top_k = draw(choices_of(subject.num_experts, more_choices))
     pattern, factor = draw(st.sampled_from(patterns)), draw(st.sampled_from(factors))
     seed = draw(seeds())
     source, num_tokens = generator(seed), batch * length
@@ -159,6 +179,22 @@ class Sent:
         """(T, K) bool: used choices that were kept."""
         used_TK = self.told.experts_TK >= 0
         return used_TK if self.told.kept_TK is None else used_TK & self.told.kept_TK
+
+
+def through(
+    dispatcher: Dispatcher,
+    x_TH: Tensor,
+    routing: TokenChoice,
+    ctx: RouterContext | None,
+    scale_E: Tensor,
+) -> tuple[Sent, Tensor]:
+    """What was sent, and y_TH: there, through experts that multiply by scale_E, and home."""
+    there = send(dispatcher, x_TH, routing, ctx)
+    return there, home(dispatcher, there, scale_E)
+
+
+def home(dispatcher: Dispatcher, there: Sent, scale_E: Tensor) -> Tensor:
+    return dispatcher.combine(scaling_bank(there.x_RH, there.local, scale_E), there.handle)
 
 
 def send(
@@ -218,6 +254,11 @@ def close(found: Tensor, want: Tensor, what: str, *, terms: int, size: Tensor | 
         found=found,
         want=want,
     )
+
+
+def crowds(subject: DispatcherUnderTest) -> SearchStrategy[Case]:
+    """Batches of every size, up to three sequences of 129 tokens with 12 choices each."""
+    return sent(subject, lengths=(1, 2, 5, 8, 0, *CROWDS[:2]), more_choices=MANY)
 
 
 def cases_of(**narrow: Any) -> Callable[[DispatcherUnderTest], SearchStrategy[Case]]:

@@ -9,11 +9,14 @@ from moetk.testing.law import Law, Outcome, judge_laws, untouched_random
 from moetk.testing.laws import (
     routers_capacity,
     routers_choice,
+    routers_favour,
+    routers_fields,
     routers_form,
     routers_function,
     routers_gradient,
     routers_isolation,
     routers_replay,
+    routers_settings,
     routers_symmetry,
     routers_weights,
 )
@@ -30,6 +33,9 @@ ROUTER_LAWS: tuple[Law[RouterSubject], ...] = (
     *routers_isolation.LAWS,
     *routers_replay.LAWS,
     *routers_gradient.LAWS,
+    *routers_fields.LAWS,
+    *routers_favour.LAWS,
+    *routers_settings.LAWS,
 )
 
 
@@ -56,8 +62,10 @@ def check_router(
 
     What a router does on purpose it declares as an attribute: `duplicates = True` (a token may
     name one expert twice), `surrogate_gradient = True` (its gradient is not its derivative),
-    `per_batch = True` (sequences of a batch share one balance). Where a law needs a field that the
-    routing leaves out, the report says which.
+    `per_batch = True` (sequences of a batch share one balance), `experts_differ = True` (some are
+    shared, or scaled, by their number), `train_differs = True` (training routes otherwise than
+    evaluation even without noise). Where a law needs a field that the routing leaves out, the
+    report says which.
 
     Raises LawBrokenError, with the report as its `report`, where a law is broken; RouterConfigError
     where a size cannot be read off or the router does not run.

@@ -9,14 +9,27 @@ import torch
 from torch import nn
 
 from moetk import RouterContext, TokenChoice, routers
-from moetk.errors import LawBrokenError, MissingContextError, ReplayError, RouterConfigError
+from moetk.errors import (
+    LawBrokenError,
+    MissingContextError,
+    MoeDtypeError,
+    ReplayError,
+    RouterConfigError,
+)
 from moetk.testing import check_router
 from moetk.testing.causality import measure_causality
 from moetk.testing.check_routers import ROUTER_LAWS
 from moetk.testing.law import Law, judge_law, judge_laws
 from moetk.testing.laws.routers_subject import RouterSubject, matrix_of
 from tests.testing.drawn import drawn
-from tests.testing.users import RIGHT, Cosine, by_table
+from tests.testing.users import (
+    RIGHT,
+    WRONG,
+    CompletesTheContext,
+    Cosine,
+    ScaledExperts,
+    by_table,
+)
 
 OWN = {
     "mixtral": lambda: routers.MixtralRouter(8, 8, 2),
@@ -39,7 +52,7 @@ OWN = {
 }
 
 REASONS = {
-    "R1": "an id outside -1..3: [4]",
+    "R1": "an id outside -1..3: [4",
     "R2": "an expert twice",
     "R3": "are not finite on finite input",
     "R4": "unused or dropped choices weigh",
@@ -79,6 +92,15 @@ REASONS = {
     "R38": "K = 1 and a rescaled weight",
     "R39": "the difference quotient",
     "R40": "have a gradient in tokens",
+    "R41": "have scores",
+    "R42": "the choice falls where the scores rise",
+    "R43": "logits_TE has no graph to the parameters",
+    "R44": "raised by 10000.0",
+    "R45": "none of a group whose scores are all better",
+    "R46": "when it is alone in its batch",
+    "R47": "when it is in training (where that is on purpose",
+    "R48": "8 equal tokens are routed the same",
+    "R49": "not finite in torch.float32",
 }
 
 
@@ -115,6 +137,30 @@ def test_each_law_is_broken_by_its_broken_part(law: Law[RouterSubject]) -> None:
 @pytest.mark.parametrize("law", ROUTER_LAWS, ids=lambda law: law.number)
 def test_each_law_speaks_about_a_router_of_moetk(law: Law[RouterSubject]) -> None:
     assert any(law.unless(subject_of(build)) is None for build in OWN.values())
+
+
+def test_a_router_without_noise_is_not_asked_for_any() -> None:
+    subject = RouterSubject(CompletesTheContext(Cosine(6, 5, 2)))
+    assert not subject.draws_noise
+    (law,) = [law for law in ROUTER_LAWS if law.number == "R8"]
+    assert law.unless(subject) == "another ctx.seed changes nothing: it draws no noise"
+
+
+def test_experts_that_differ_undeclared_are_told_what_to_declare() -> None:
+    class Undeclared(ScaledExperts):
+        experts_differ = False
+
+    (law,) = [law for law in ROUTER_LAWS if law.number == "R27"]
+    reason = judge_law(law, RouterSubject(Undeclared()), examples=20).reason
+    assert reason.endswith("declare experts_differ = True")
+
+
+@pytest.mark.parametrize(("router", "number", "told"), WRONG, ids=lambda one: str(one)[:20])
+def test_a_law_sees_more_than_its_broken_part(router: Any, number: str, told: str) -> None:
+    (law,) = [law for law in ROUTER_LAWS if law.number == number]
+    outcome = judge_law(law, RouterSubject(router), examples=30)
+    assert outcome.status == "broken" and told in outcome.reason
+    assert torch.is_grad_enabled()
 
 
 # -- causality
@@ -171,7 +217,7 @@ def test_a_router_is_checked_in_one_line_and_left_as_it_was() -> None:
 def test_a_broken_router_raises_with_its_report() -> None:
     torch.manual_seed(0)
     router = routers.GptOssRouter(8, 8, 1)
-    with pytest.raises(LawBrokenError, match="GptOssRouter breaks 1 of 40 laws") as raised:
+    with pytest.raises(LawBrokenError, match="GptOssRouter breaks 1 of 49 laws") as raised:
         check_router(router, examples=2)
     report = raised.value.report
     assert not report.ok
@@ -185,7 +231,7 @@ def test_a_function_that_ignores_a_replay_is_told_so() -> None:
         experts_TK = torch.zeros(len(x_TH), 1, dtype=torch.int64)
         return TokenChoice(experts_TK, torch.ones(len(x_TH), 1), num_experts=8)
 
-    with pytest.raises(LawBrokenError, match=r"breaks 1 of 40 laws:\n  R35 a replay is obeyed"):
+    with pytest.raises(LawBrokenError, match=r"breaks 1 of 49 laws:\n  R35 a replay is obeyed"):
         check_router(first_expert, hidden_size=4, examples=2)
 
 
@@ -227,6 +273,49 @@ def test_a_context_that_no_check_can_draw_is_named() -> None:
 def test_a_number_of_experts_that_differs_breaks_the_first_law() -> None:
     with pytest.raises(LawBrokenError, match="R1 .*num_experts=5 in the routing, but there are 6"):
         check_router(Cosine(6, 5, 2), num_experts=6, examples=1)
+
+
+@pytest.mark.parametrize(
+    ("router", "told"),
+    [
+        (Cosine, r"Cosine is a class; check a router that is made of it: Cosine\(...\)"),
+        (None, "None is not a router: a router is called as"),
+    ],
+)
+def test_what_is_no_router_is_refused(router: Any, told: str) -> None:
+    with pytest.raises(RouterConfigError, match=told):
+        check_router(router)
+
+
+@pytest.mark.parametrize(("answer", "kind"), [((1, 2), "tuple"), (None, "NoneType")])
+def test_what_is_no_routing_is_refused(answer: Any, kind: str) -> None:
+    with pytest.raises(MoeDtypeError, match=f"answers returned {kind}; a router returns"):
+
+        def answers(x_TH: torch.Tensor, ctx: RouterContext) -> Any:
+            return answer
+
+        check_router(answers, hidden_size=4)
+
+
+def test_a_number_of_experts_is_a_number() -> None:
+    with pytest.raises(RouterConfigError, match="num_experts='8' is not a whole number"):
+        check_router(Cosine(6, 5, 2), num_experts="8")  # type: ignore[arg-type]
+
+
+def test_a_check_of_a_router_that_draws_from_the_global_leaves_it_alone() -> None:
+    class DrawsAlways(Cosine):
+        def forward(self, x_TH: torch.Tensor, ctx: RouterContext) -> TokenChoice:
+            return super().forward(x_TH + 0.01 * torch.randn_like(x_TH), ctx)
+
+    router, reasons = DrawsAlways(6, 5, 2), []
+    for seed in (5, 7):
+        torch.manual_seed(seed)
+        state = torch.get_rng_state()
+        with pytest.raises(LawBrokenError, match="DrawsAlways breaks") as raised:
+            check_router(router, examples=2)
+        assert torch.equal(torch.get_rng_state(), state)
+        reasons.append([one.reason for one in raised.value.report.having("broken")])
+    assert reasons[0] == reasons[1]
 
 
 def test_a_router_that_cannot_be_copied_is_named() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -156,7 +158,7 @@ class GumbelChoice(nn.Module):
 class Sinkhorn(nn.Module):
     """Balances a plan over the whole batch in training, on purpose; takes the best otherwise."""
 
-    per_batch = True
+    per_batch = train_differs = True
 
     def __init__(self) -> None:
         super().__init__()
@@ -174,6 +176,115 @@ class Sinkhorn(nn.Module):
         experts_TK = top_k(choice_TE.detach(), 1, ctx)
         weights_TK = gather(logits_TE.sigmoid(), experts_TK)
         return TokenChoice(experts_TK, weights_TK, 4, logits_TE, choice_TE=choice_TE)
+
+
+class KeyOfItsOwn(nn.Module):
+    """Each expert's key is its own parameter: of a few tokens, most keys have no gradient."""
+
+    hidden_size = 6
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.keys = nn.ParameterList([nn.Parameter(torch.randn(6)) for _ in range(12)])
+
+    def forward(self, x_TH: Tensor, ctx: RouterContext) -> TokenChoice:
+        scores_TE = (x_TH @ torch.stack(list(self.keys)).T).sigmoid()
+        experts_TK = top_k(scores_TE, 1, ctx)
+        return TokenChoice(experts_TK, gather(scores_TE, experts_TK), 12, scores_TE=scores_TE)
+
+
+class OpensFromZero(nn.Module):
+    """A learned scale that starts at 0, so that all experts tie; keeps its last logits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.alpha = nn.Parameter(torch.randn(5, 6)), nn.Parameter(torch.zeros(()))
+
+    def forward(self, x_TH: Tensor, ctx: RouterContext) -> TokenChoice:
+        self.last_TE = self.alpha * (x_TH @ self.weight.T)
+        scores_TE = self.last_TE.softmax(-1)
+        experts_TK = top_k(scores_TE, 2, ctx)
+        return TokenChoice(experts_TK, gather(scores_TE, experts_TK), 5, self.last_TE, scores_TE)
+
+
+class Half(nn.Module):
+    """Many experts in bfloat16 alone, where a step of any size changes some choice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(64, 16).bfloat16())
+
+    def forward(self, x_TH: Tensor, ctx: RouterContext) -> TokenChoice:
+        assert x_TH.dtype == torch.bfloat16
+        scores_TE = (x_TH @ self.weight.T).softmax(-1)
+        experts_TK = top_k(scores_TE, 8, ctx)
+        return TokenChoice(experts_TK, gather(scores_TE, experts_TK), 64, scores_TE=scores_TE)
+
+
+class CompletesTheContext(nn.Module):
+    """Names the layer for messages, and with that reads every field of the context."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner, self.hidden_size = inner, 6
+
+    def forward(self, x_TH: Tensor, ctx: RouterContext) -> TokenChoice:
+        told: TokenChoice = self.inner(x_TH, replace(ctx, where="the first layer"))
+        return told
+
+
+class ScaledExperts(nn.Module):
+    """Gemma 4: rescaled weights, each times a learned number of its expert."""
+
+    experts_differ = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(5, 6))
+        self.per_expert_scale = nn.Parameter(torch.ones(5))
+
+    def forward(self, x_TH: Tensor, ctx: RouterContext) -> TokenChoice:
+        logits_TE = x_TH @ self.weight.T
+        scores_TE = logits_TE.softmax(-1)
+        experts_TK = top_k(scores_TE, 2, ctx)
+        weights_TK = normalise(gather(scores_TE, experts_TK)) * self.per_expert_scale[experts_TK]
+        return TokenChoice(experts_TK, weights_TK, 5, logits_TE, scores_TE)
+
+
+class SharesTheFirst(nn.Module):
+    """Expert 0 is shared: always chosen, in the first column, and weighs 1."""
+
+    experts_differ = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(5, 6))
+
+    def forward(self, x_TH: Tensor, ctx: RouterContext) -> TokenChoice:
+        scores_TE = (x_TH @ self.weight.T).softmax(-1)
+        shared_E = torch.arange(5) == 0
+        choice_TE = scores_TE.masked_fill(shared_E, 2.0)
+        experts_TK = top_k(choice_TE, 3, ctx)
+        weights_TK = gather(scores_TE, experts_TK).masked_fill(experts_TK == 0, 1.0)
+        return TokenChoice(experts_TK, weights_TK, 5, scores_TE=scores_TE, choice_TE=choice_TE)
+
+
+class OtherBias(nn.Module):
+    """Its choice bias has a name of its own, and some groups are masked by zeros."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.offset = nn.Parameter(torch.randn(6, 5)), torch.linspace(-1, 1, 6)
+
+    def forward(self, x_TH: Tensor, ctx: RouterContext) -> TokenChoice:
+        scores_TE = (x_TH @ self.weight.T).sigmoid()
+        choice_TE = (scores_TE + self.offset.to(x_TH.dtype)) + 2
+        worse_TG = choice_TE.view(-1, 2, 3).amax(-1).argsort(-1)[:, :1]
+        choice_TE = choice_TE.view(-1, 2, 3).scatter(1, worse_TG[:, :, None].expand(-1, 1, 3), 0.0)
+        choice_TE = choice_TE.flatten(1)
+        experts_TK = top_k(choice_TE, 2, ctx)
+        weights_TK = gather(scores_TE, experts_TK)
+        return TokenChoice(experts_TK, weights_TK, 6, scores_TE=scores_TE, choice_TE=choice_TE)
 
 
 def by_table(x_TH: Tensor, ctx: RouterContext) -> TokenChoice:
@@ -194,5 +305,105 @@ RIGHT = (
     StraightThrough(),
     GumbelChoice(),
     Sinkhorn(),
+    KeyOfItsOwn(),
+    OpensFromZero(),
+    Half(),
+    CompletesTheContext(Cosine(6, 5, 2)),
+    ScaledExperts(),
+    SharesTheFirst(),
+    OtherBias(),
     by_table,
 )
+
+
+class Plain(nn.Module):
+    """What the wrong ones below are wrong beside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.weight = nn.Parameter(torch.randn(8, 6, generator=generator))
+
+    def forward(self, x_TH: Tensor, ctx: RouterContext) -> TokenChoice:
+        logits_TE = x_TH @ self.weight.T
+        scores_TE = logits_TE.softmax(-1)
+        experts_TK = top_k(scores_TE, 2, ctx)
+        return TokenChoice(experts_TK, gather(scores_TE, experts_TK), 8, logits_TE, scores_TE)
+
+
+class SeedsTheGlobal(Plain):
+    """Starts torch's own generator anew: dropout after it is the same in each layer."""
+
+    def forward(self, x_TH: Tensor, ctx: RouterContext) -> TokenChoice:
+        if self.training and ctx.seed is not None:
+            torch.manual_seed(ctx.seed)
+        return super().forward(x_TH, ctx)
+
+
+class LeavesItsMode(Plain):
+    def forward(self, x_TH: Tensor, ctx: RouterContext) -> TokenChoice:
+        routing = super().forward(x_TH, ctx)
+        self.eval()
+        return routing
+
+
+class TurnsGradientsOff(Plain):
+    def forward(self, x_TH: Tensor, ctx: RouterContext) -> TokenChoice:
+        routing = super().forward(x_TH, ctx)
+        torch.set_grad_enabled(False)
+        return routing
+
+
+class ReturnsScoresAsLogits(Plain):
+    def forward(self, x_TH: Tensor, ctx: RouterContext) -> TokenChoice:
+        routing = super().forward(x_TH, ctx)
+        return replace(routing, logits_TE=routing.scores_TE)
+
+
+class HoldsABias(Plain):
+    """Has a choice bias, and never reads it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("e_score_correction_bias", torch.zeros(8))
+
+
+class ExpByHand(Plain):
+    """Small weights; the exp of float32 ends at 88."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight.data *= 0.01
+
+    def forward(self, x_TH: Tensor, ctx: RouterContext) -> TokenChoice:
+        logits_TE = x_TH @ self.weight.T
+        scores_TE = logits_TE.exp() / logits_TE.exp().sum(-1, keepdim=True)
+        experts_TK = top_k(logits_TE, 2, ctx)
+        return TokenChoice(experts_TK, gather(scores_TE, experts_TK), 8, scores_TE=scores_TE)
+
+
+class GroupsByStride(Plain):
+    """Takes experts g, g + 4 for a group; two choices are in two groups either way."""
+
+    n_group, topk_group = 4, 2
+
+    def forward(self, x_TH: Tensor, ctx: RouterContext) -> TokenChoice:
+        scores_TE = (x_TH @ self.weight.T).sigmoid()
+        worse_TG = scores_TE.view(-1, 2, 4).sum(1).argsort(-1)[:, :2]
+        masked_TG = torch.zeros(len(x_TH), 4, dtype=torch.bool).scatter(1, worse_TG, True)
+        choice_TE = scores_TE.masked_fill(masked_TG.repeat(1, 2), -torch.inf)
+        experts_TK = top_k(choice_TE, 2, ctx)
+        weights_TK = gather(scores_TE, experts_TK)
+        return TokenChoice(experts_TK, weights_TK, 8, scores_TE=scores_TE, choice_TE=choice_TE)
+
+
+WRONG = (
+    (SeedsTheGlobal(), "R9", "global random state was moved"),
+    (LeavesItsMode(), "R10", "out of training mode"),
+    (TurnsGradientsOff(), "R10", "turned gradients off"),
+    (ReturnsScoresAsLogits(), "R41", "logits_TE are the scores, and sum to 1"),
+    (HoldsABias(), "R44", "raised by 10000.0"),
+    (GroupsByStride(), "R45", "none of a group whose scores are all better"),
+    (ExpByHand(), "R49", "not finite in torch.float32"),
+)
+"""Router, the law that it breaks, and what is told."""

@@ -116,5 +116,12 @@ def unless_tokens_are_chosen(subject: RouterSubject) -> str | None:
     return f"a {type(subject.first).__name__} has no tokens_EC"
 
 
+EXPERTS_DIFFER = "where some are shared or scaled on purpose, declare experts_differ = True"
+
+
+def unless_experts_are_alike(subject: RouterSubject) -> str | None:
+    return "it declares experts_differ = True" if subject.experts_differ else None
+
+
 def unless_it_has_a_mode(subject: RouterSubject) -> str | None:
     return None if subject.is_module else "a function is the same in training and in evaluation"

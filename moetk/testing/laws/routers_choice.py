@@ -150,7 +150,7 @@ def _biased(seed: int, batch: int, length: int, width: int) -> Mapping[str, Tens
     return {"offset": torch.tensor([-0.5, -3.0, 0.0, 1.0][seed % 4], dtype=torch.float64)}
 
 
-def _unless_groups(subject: RouterSubject) -> str | None:
+def unless_groups(subject: RouterSubject) -> str | None:
     found = subject.groups
     if found is None:
         return "it declares no groups and top_groups (or n_group and topk_group)"
@@ -166,7 +166,7 @@ def _unless_groups(subject: RouterSubject) -> str | None:
     source="DeepSeek-V3, arXiv 2412.19437, section 2.1.2; a mask of 0 is not minus infinity",
     cases=inputs("gaussian", "zeros", "collapsed", "tied_pairs", added=_biased),
     broken=broken_subject(MasksWithZero, 4, 8, 3),
-    unless=_unless_groups,
+    unless=unless_groups,
 )
 def within_groups(subject: RouterSubject, case: Case) -> None:
     found = subject.groups

@@ -93,6 +93,10 @@ class SeedAsFloat(ScoredRouter):
         return self.chosen(experts_TK, gather(scores_TE, experts_TK), scores_TE=scores_TE)
 
 
+def unless_it_draws_noise(subject: RouterSubject) -> str | None:
+    return None if subject.draws_noise else "another ctx.seed changes nothing: it draws no noise"
+
+
 @law(
     "R8",
     "another seed, other noise",
@@ -100,7 +104,7 @@ class SeedAsFloat(ScoredRouter):
     source="one seed for every step is no exploration: the same experts win each time",
     cases=inputs("gaussian", least_length=8, training=True),
     broken=broken_subject(SeedAsFloat),
-    unless=lambda subject: None if subject.draws_noise else "it does not read ctx.seed",
+    unless=unless_it_draws_noise,
 )
 def seeds_differ(subject: RouterSubject, case: Case) -> None:
     ctx = context_of(case)
@@ -129,8 +133,8 @@ class JitterInPlace(ScoredRouter):
 
 @law(
     "R9",
-    "input and context stay as they are",
-    formula="x and every tensor of ctx, after = before, bit by bit",
+    "input, context and torch's random state stay",
+    formula="x, every tensor of ctx and the global generator: after = before, bit by bit",
     source="transformers, modeling_mixtral: the jitter of hidden_states reached the experts",
     cases=inputs(training=None),
     broken=broken_subject(JitterInPlace),
@@ -139,9 +143,15 @@ def input_untouched(subject: RouterSubject, case: Case) -> None:
     x_TH, ctx = case["x_TH"].to(subject.dtype).clone(), context_of(case)
     given = {"x_TH": x_TH, **{n: t for n, t in vars(ctx).items() if isinstance(t, Tensor)}}
     before = {name: tensor.clone() for name, tensor in given.items()}
+    state = torch.get_rng_state()
     subject.route(x_TH, ctx, training=bool(case.settings["training"]))
     for name, tensor in given.items():
         hold(torch.equal(tensor, before[name]), f"{name} was changed in place", **{name: tensor})
+    hold(
+        torch.equal(torch.get_rng_state(), state),
+        "torch's global random state was moved, so that dropout elsewhere draws other masks: draw "
+        "from torch.Generator().manual_seed(ctx.seed)",
+    )
 
 
 class StepsInForward(ScoredRouter):
@@ -174,8 +184,13 @@ def state_untouched(subject: RouterSubject, case: Case) -> None:
     router = subject.fresh(training=bool(case.settings["training"]))
     assert isinstance(router, nn.Module)
     before = {name: tensor.clone() for name, tensor in _state(router).items()}
-    with torch.no_grad():
-        router(case["x_TH"].to(subject.dtype), context_of(case))
+    modes = [module.training for module in router.modules()]
+    router(case["x_TH"].to(subject.dtype), context_of(case))
+    hold(torch.is_grad_enabled(), "a forward turned gradients off for all that comes after it")
+    hold(
+        [module.training for module in router.modules()] == modes,
+        f"a forward took the router out of {'training' if modes[0] else 'evaluation'} mode",
+    )
     for name, tensor in _state(router).items():
         same = name in before and torch.equal(tensor, before[name])
         hold(same, f"{name} is another after a forward; a controller moves it, after the step")

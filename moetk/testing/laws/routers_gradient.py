@@ -130,9 +130,7 @@ def reaches_parameters(subject: RouterSubject, case: Case) -> None:
     )
 
 
-def _unreached(
-    subject: RouterSubject, router: Router, x_TH: Tensor, routing: Routing
-) -> set[str]:
+def _unreached(subject: RouterSubject, router: Router, x_TH: Tensor, routing: Routing) -> set[str]:
     """Names of the parameters that neither the weights nor the extras of this batch move."""
     named, told = subject.trained(router), by_token(routing)
     wanted = list(named.values())

@@ -21,7 +21,13 @@ from moetk.testing.laws.routers_cases import (
     padded_with_others,
 )
 from moetk.testing.laws.routers_compare import hold_same
-from moetk.testing.laws.routers_subject import RouterSubject, by_token, context_of
+from moetk.testing.laws.routers_subject import (
+    PROBES,
+    RouterSubject,
+    by_token,
+    context_of,
+    differing,
+)
 from moetk.testing.strategies.inputs import BAD_VALUES, not_finite
 
 
@@ -123,9 +129,27 @@ def _unless_packed(subject: RouterSubject) -> str | None:
         subject.route(x_TH, packed)
     except Exception as error:
         return f"it does not take a packed batch ({type(error).__name__})"
-    if subject.mixes and "sequence_ids" not in subject.fields_read(False, packed=True):
-        return "tokens compete, and ctx.sequence_ids is not read: a packed batch is one sequence"
+    if subject.mixes and not _sees_packing(subject):
+        return (
+            "tokens compete, and where sequences of a packed batch end changes nothing: it is one "
+            "sequence"
+        )
     return None
+
+
+def _sees_packing(subject: RouterSubject) -> bool:
+    """Measured: a packed batch is routed differently where it is two sequences, not one."""
+    for pattern, seed in PROBES:
+        x_TH, ctx = subject.probe(pattern, seed)
+        ctx, token_T = replace(ctx, batch_shape=None), torch.arange(len(x_TH))
+        second_T = (token_T >= len(x_TH) // 2).long()
+        parted = replace(ctx, positions=token_T - second_T * (len(x_TH) // 2))
+        one = by_token(subject.route(x_TH, ctx))
+        for ids_T in (second_T, 1 - second_T):
+            two = by_token(subject.route(x_TH, replace(parted, sequence_ids=ids_T)))
+            if bool(differing(one, two).any()):
+                return True
+    return False
 
 
 @law(

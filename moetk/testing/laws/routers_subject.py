@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from moetk.context import RouterContext
 from moetk.errors import MissingContextError, RouterConfigError
-from moetk.routing import ExpertChoice, Routing, SoftChoice, TokenChoice
+from moetk.routing import ExpertChoice, Routing, SoftChoice, TokenChoice, check_routing
 from moetk.testing.law import Case
 from moetk.testing.strategies.inputs import rows_of
 from moetk.testing.strategies.sequences import positions, token_ids
@@ -36,7 +36,9 @@ class RouterSubject:
 
     A declaration of the router itself is believed: `duplicates` (one token may name one expert
     twice), `surrogate_gradient` (its gradient is, on purpose, not its derivative), `per_batch`
-    (its choice balances over the whole batch, on purpose).
+    (its choice balances over the whole batch, on purpose), `experts_differ` (some experts are
+    shared, or scaled, by their number), `train_differs` (without noise, too, it routes otherwise in
+    training).
 
     Constant parameters, as of a router that starts at zero, are moved off their start in the
     copies: where all scores are equal, most laws would hold of any router.
@@ -47,17 +49,22 @@ class RouterSubject:
     def __init__(
         self, router: Router, hidden_size: int | None = None, num_experts: int | None = None
     ) -> None:
+        check_callable(router)
         self.original = router
         self.name = getattr(router, "__name__", type(router).__name__)
         self.hidden_size = _hidden_size(router, self.name) if hidden_size is None else hidden_size
         self.duplicates = bool(getattr(router, "duplicates", False))
         self.surrogate_gradient = bool(getattr(router, "surrogate_gradient", False))
         self.per_batch = bool(getattr(router, "per_batch", False))
+        self.experts_differ = bool(getattr(router, "experts_differ", False))
+        self.train_differs = bool(getattr(router, "train_differs", False))
         self.dtype = torch.float64
         self._copies: dict[tuple[bool, torch.dtype], Router] = {}
         self.first = self._first_routing()
         known = getattr(router, "num_experts", None) if num_experts is None else num_experts
-        self.num_experts = self.first.num_experts if known is None else int(known)
+        if known is not None and not isinstance(known, int):
+            raise RouterConfigError(f"{self.name}: num_experts={known!r} is not a whole number.")
+        self.num_experts = self.first.num_experts if known is None else known
 
     # -- running it
 
@@ -111,12 +118,20 @@ class RouterSubject:
     @cached_property
     def half(self) -> RouterSubject | None:
         """The router in bfloat16 throughout, None where it does not run so."""
-        half = self.in_dtype(torch.bfloat16)
+        return self._where_it_runs(torch.bfloat16)
+
+    @cached_property
+    def single(self) -> RouterSubject | None:
+        """The router in float32 throughout, None where it does not run so."""
+        return self._where_it_runs(torch.float32)
+
+    def _where_it_runs(self, dtype: torch.dtype) -> RouterSubject | None:
+        other = self.in_dtype(dtype)
         try:
-            half.route(*half.probe())
+            other.route(*other.probe())
         except Exception:  # whatever a user's code raises, it says: not in this dtype
             return None
-        return half
+        return other
 
     @cached_property
     def rounded(self) -> RouterSubject:
@@ -183,31 +198,27 @@ class RouterSubject:
             held.copy_(bias_E.to(held.dtype))
         return router
 
-    def fields_read(self, training: bool, *, packed: bool = False) -> frozenset[str]:
-        """Which fields of its context it reads."""
-        seen: set[str] = set()
-
-        class Watched(RouterContext):
-            def __getattribute__(self, name: str) -> Any:
-                seen.add(name)
-                return super().__getattribute__(name)
-
-        x_TH, ctx = self.probe()
-        told = {f.name: getattr(ctx, f.name) for f in fields(ctx)}
-        watched = Watched(**(told | {"batch_shape": None} if packed else told))
-        seen.clear()
-        self.route(x_TH, watched, training=training)
-        return frozenset(seen)
-
-    @cached_property
-    def reads(self) -> frozenset[str]:
-        """Fields of the context that it reads in evaluation."""
-        return self.fields_read(False)
-
     @cached_property
     def draws_noise(self) -> bool:
-        """It reads ctx.seed in training."""
-        return self.is_module and "seed" in self.fields_read(True)
+        """Measured: in training it differs with another ctx.seed, or does without one."""
+        if not self.is_module:
+            return False
+        try:
+            return any(self.minds(True, seed=seed) for seed in (*range(1, 9), None))
+        except MissingContextError:
+            return True
+
+    def minds(self, training: bool = False, **changes: Any) -> bool:
+        """Measured: any tensor of its routing differs where its context has these changes."""
+        for pattern, seed in PROBES:
+            x_TH, ctx = self.probe(pattern, seed)
+            told = every_tensor(self.route(x_TH, ctx, training=training))
+            other = every_tensor(self.route(x_TH, replace(ctx, **changes), training=training))
+            if told.keys() != other.keys():
+                return True
+            if any(not _same_bits(tensor, other[name]) for name, tensor in told.items()):
+                return True
+        return False
 
     @cached_property
     def mixes(self) -> bool:
@@ -243,6 +254,13 @@ class RouterSubject:
 
     def _first_routing(self) -> Routing:
         """In float64 if it runs so, else in the dtype of its own parameters."""
+        routing = self._first_answer()
+        if not isinstance(routing, (TokenChoice, ExpertChoice, SoftChoice)):
+            # The laws judge what a routing holds; here it says that this is none.
+            check_routing(routing, 0, 0, where=self.name)
+        return routing
+
+    def _first_answer(self) -> Routing:
         with torch.random.fork_rng(devices=[]):
             try:
                 return self.route(*self.probe())
@@ -270,6 +288,19 @@ def router_subject(
 ) -> RouterSubject:
     """What `LawReport.repro` calls in the file that it writes."""
     return RouterSubject(router, hidden_size, num_experts)
+
+
+def check_callable(router: object) -> None:
+    """Raise RouterConfigError for what is no router yet: a class, or nothing to call."""
+    if isinstance(router, type):
+        raise RouterConfigError(
+            f"{router.__name__} is a class; check a router that is made of it: "
+            f"{router.__name__}(...)."
+        )
+    if not callable(router):
+        raise RouterConfigError(
+            f"{router!r} is not a router: a router is called as (x_TH, ctx) and returns a routing."
+        )
 
 
 def _hidden_size(router: Router, name: str) -> int:
@@ -391,6 +422,10 @@ def matrix_of(routing: Routing) -> Tensor:
     weights_TE.scatter_add_(1, ids_TK, routing.weights_TK.detach().double())
     counts_TE = torch.zeros(shape).scatter_add_(1, ids_TK, torch.ones(ids_TK.shape))
     return weights_TE.masked_fill(counts_TE == 0, float("nan"))[:, :-1]
+
+
+def _same_bits(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and bool(((a == b) | ((a != a) & (b != b))).all())
 
 
 def differing(a: dict[str, Tensor], b: dict[str, Tensor]) -> Tensor:

@@ -13,9 +13,11 @@ from moetk.kernels.selection import gather, top_k
 from moetk.routing import ExpertChoice, Routing, SoftChoice, TokenChoice
 from moetk.testing.law import Case, Law, hold, law
 from moetk.testing.laws.routers_cases import (
+    EXPERTS_DIFFER,
     ScoredRouter,
     broken_subject,
     inputs,
+    unless_experts_are_alike,
     unless_experts_are_chosen,
 )
 from moetk.testing.laws.routers_compare import coarsest_eps, hold_close
@@ -24,8 +26,10 @@ from moetk.testing.laws.routers_subject import (
     RouterSubject,
     by_token,
     context_of,
+    differing,
 )
 from moetk.testing.strategies.inputs import MODERATE
+from moetk.testing.strategies.sequences import VOCABULARY
 
 
 class HashesTheRow(ScoredRouter):
@@ -37,20 +41,38 @@ class HashesTheRow(ScoredRouter):
         return self.chosen(experts_TK, gather(self.scored(x_TH)[1], experts_TK))
 
 
-_BESIDES_IDS = frozenset(
-    {"positions", "sequence_ids", "batch_shape", "token_mask", "label_mask", "previous"}
-)
-
-
 def _unless_ids_alone_choose(subject: RouterSubject) -> str | None:
     if not subject.chooses_experts:
         return unless_experts_are_chosen(subject)
     if subject.choice_reads_x:
         return "its choice reads x"
-    if "token_ids" not in subject.reads:
-        return "it does not read ctx.token_ids"
-    besides = sorted(subject.reads & _BESIDES_IDS)
-    return f"it also reads {', '.join(besides)}" if besides else None
+    _, ctx = subject.probe()
+    assert ctx.token_ids is not None and ctx.positions is not None
+    other_T = (ctx.token_ids + 1) % VOCABULARY
+    if not subject.minds(token_ids=other_T):
+        return "other ctx.token_ids change nothing"
+    besides = {
+        "positions": ctx.positions.flip(0),
+        "sequence_ids": ctx.positions // 3,
+        "batch_shape": (len(other_T) // 3, 3),
+    }
+    read = [name for name, value in besides.items() if subject.minds(**{name: value})]
+    if read:
+        return f"it also reads {', '.join(read)}"
+    return "it also reads the ids of other tokens" if _reads_other_ids(subject) else None
+
+
+def _reads_other_ids(subject: RouterSubject) -> bool:
+    x_TH, ctx = subject.probe()
+    assert ctx.token_ids is not None
+    before = by_token(subject.route(x_TH, ctx))
+    for token, token_id in enumerate(ctx.token_ids):
+        other_T = (ctx.token_ids + 1) % VOCABULARY
+        other_T[token] = token_id
+        after = by_token(subject.route(x_TH, replace(ctx, token_ids=other_T)))
+        if bool(differing(before, after)[token]):
+            return True
+    return False
 
 
 @law(
@@ -91,6 +113,8 @@ RELABELLED = frozenset({"weight", "bias", "noise_weight", CHOICE_BIAS})
 
 
 def _unless_relabelled(subject: RouterSubject) -> str | None:
+    if (reason := unless_experts_are_alike(subject)) is not None:
+        return reason
     if not isinstance(subject.original, nn.Module):
         return "a function has no parameters to permute"
     if subject.groups is not None and subject.groups[0] > 1:
@@ -129,7 +153,8 @@ def relabelled(subject: RouterSubject, case: Case) -> None:
             if tensor.ndim:
                 tensor.copy_(tensor[order_E].clone())
         routing = router(case["x_TH"].to(subject.dtype), context_of(case))
-    hold_close(subject, subject.on(case), _renamed(routing, order_E), case, "experts are renamed")
+    when = f"experts are renamed ({EXPERTS_DIFFER})"
+    hold_close(subject, subject.on(case), _renamed(routing, order_E), case, when)
 
 
 def _renamed(routing: Routing, order_E: Tensor) -> Routing:

@@ -11,10 +11,12 @@ from moetk.kernels.selection import gather, top_k
 from moetk.routing import SoftChoice, TokenChoice
 from moetk.testing.law import Case, Law, hold, law
 from moetk.testing.laws.routers_cases import (
+    EXPERTS_DIFFER,
     ScoredRouter,
     broken_subject,
     inputs,
     padded_with_others,
+    unless_experts_are_alike,
     unless_experts_are_chosen,
 )
 from moetk.testing.laws.routers_compare import coarsest_eps, rounding, rounding_of
@@ -74,6 +76,8 @@ class WeighsInAnotherOrder(ScoredRouter):
 
 
 def _unless_scored_choices(subject: RouterSubject) -> str | None:
+    if (reason := unless_experts_are_alike(subject)) is not None:
+        return reason
     if not isinstance(subject.first, TokenChoice):
         return unless_experts_are_chosen(subject)
     if subject.first.scores_TE is None and subject.first.logits_TE is None:
@@ -107,7 +111,8 @@ def weights_follow_scores(subject: RouterSubject, case: Case) -> None:
     bad_T = (above_TKK & less_TKK & both_TKK).flatten(1).any(-1)
     hold(
         ~bad_T,
-        f"scores {chosen_TK[bad_T][:1].tolist()} weigh {weights_TK[bad_T][:1].tolist()}",
+        f"scores {chosen_TK[bad_T][:1].tolist()} weigh {weights_TK[bad_T][:1].tolist()}; "
+        f"{EXPERTS_DIFFER}",
         experts_TK=routing.experts_TK,
         weights_TK=weights_TK,
         scores_TE=scores_TE,

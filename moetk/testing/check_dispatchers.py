@@ -12,7 +12,7 @@ from moetk.testing.laws import (
     dispatchers_capacity,
     dispatchers_drops,
 )
-from moetk.testing.laws.dispatchers_subject import dispatcher_under_test
+from moetk.testing.laws.dispatchers_subject import dispatcher_under_test, pair_under_test
 from moetk.testing.report import LawReport
 
 DISPATCHER_LAWS = (
@@ -44,7 +44,8 @@ def check_dispatcher(
     num_experts, hidden_size: of the routings and rows that are sent.
     with_capacity: (factor) -> the same dispatcher, whose experts each have ceil(factor S K / E)
         places in each sequence. `Local(Capacity(...))` needs none; without it, the laws of
-        capacity do not speak about this dispatcher.
+        capacity do not speak about this dispatcher. With it, what `report.repro` builds again is
+        the pair (dispatcher, with_capacity).
     examples: drawn cases for each law. derandomize=False: other cases with every call.
 
     Returns the report of a dispatcher that keeps every law that speaks about it. Raises
@@ -58,8 +59,8 @@ def check_dispatcher(
     report = LawReport(
         type(dispatcher).__qualname__,
         tuple(outcomes),
-        subject_of=dispatcher_under_test,
+        subject_of=dispatcher_under_test if with_capacity is None else pair_under_test,
         arguments=dict(sizes),
-        part=dispatcher,
+        part=dispatcher if with_capacity is None else (dispatcher, with_capacity),
     )
     return report.or_raise()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -161,6 +163,30 @@ def test_a_dispatcher_that_cannot_be_copied_is_checked_itself() -> None:
     dispatcher = Counts()
     dispatcher.group = (one for one in ())  # a generator, as little as a process group
     assert check_dispatcher(dispatcher, examples=1).ok and dispatcher.seen > 0
+
+
+class Greedy(Queue):
+    def places(self, length: int, k: int, num_experts: int) -> int:
+        return super().places(length, k, num_experts) + 1
+
+
+def greedy(factor: float) -> Local:
+    return Local(Greedy(factor))
+
+
+def greedy_pair() -> tuple[Local, Callable[[float], Local]]:
+    return greedy(1.0), greedy
+
+
+def test_a_law_of_capacity_is_broken_again_by_its_repro(tmp_path: Path) -> None:
+    with pytest.raises(LawBrokenError) as raised:
+        check_dispatcher(greedy(1.0), with_capacity=greedy, examples=10)
+    build = f"{__name__}:greedy_pair"
+    (path,) = (p for p in raised.value.report.repro(tmp_path, build) if p.name == "test_d13.py")
+    scope: dict[str, Any] = {"__file__": str(path)}
+    exec(path.read_text(), scope)
+    with pytest.raises(LawBrokenError, match="D13 no expert serves more than its capacity"):
+        scope["test_d13"]()
 
 
 def test_sizes_are_whole_numbers() -> None:

@@ -95,6 +95,22 @@ def dispatcher_under_test(
     return DispatcherUnderTest(dispatcher, num_experts, hidden_size, with_capacity)
 
 
+def pair_under_test(
+    pair: tuple[Dispatcher, Callable[[float], Dispatcher]],
+    *,
+    num_experts: int = 4,
+    hidden_size: int = 6,
+) -> DispatcherUnderTest:
+    """`dispatcher_under_test` of a dispatcher with its with_capacity, built together."""
+    dispatcher, with_capacity = pair
+    return dispatcher_under_test(
+        dispatcher,
+        num_experts=num_experts,
+        hidden_size=hidden_size,
+        with_capacity=with_capacity,
+    )
+
+
 def needs_capacity(subject: DispatcherUnderTest) -> str | None:
     if subject.with_capacity is not None:
         return None

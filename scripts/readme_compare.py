@@ -48,7 +48,8 @@ def main() -> int:
     before, _, rest = path.read_text().partition(BEGIN)
     shown, _, after = rest.partition(END)
     report = compared(before.rpartition("```python\n")[2].partition("```")[0])
-    text = f"\n```text\n{report}\n```\n![Error of every stage]({FIGURE.relative_to(ROOT)})\n"
+    printed = f"<details><summary>what it prints</summary>\n\n```text\n{report}\n```\n</details>"
+    text = f"\n{printed}\n\n![Error of every stage]({FIGURE.relative_to(ROOT)})\n"
     if options.check:
         return int(words(text) != words(shown))
     path.write_text(f"{before}{BEGIN}{text}{END}{after}")

@@ -143,6 +143,7 @@ class LossSubject:
         reduction: int | None = None,
         counted: int = 1,
         unit: float = 1.0,
+        exponent: float = 1.0,
     ) -> bool:
         """Whether two results, each within the fp32 floor of its sums, may be one value.
 
@@ -159,10 +160,20 @@ class LossSubject:
         )
         error = float((got.double() - want.double()).norm())
         # Written so that NaN is not near.
-        return error <= 2 * floor(torch.float32, terms) * size
+        return error <= 2 * floor(torch.float32, terms) * size * max(exponent, 1.0)
 
-    def hold_near(self, got: Tensor, want: Tensor, what: str, case: Case, counted: int = 0) -> None:
-        """Raise Breach unless two values (counted = 0) or gradients are `near`."""
+    def hold_near(
+        self,
+        got: Tensor,
+        want: Tensor,
+        what: str,
+        case: Case,
+        counted: int = 0,
+        exponent: float = 1.0,
+    ) -> None:
+        """Raise Breach unless two values (counted = 0) or gradients are `near`. exponent: the
+        largest number that is exponentiated on the way: its own rounding is a relative error of
+        what comes out."""
         got, want = got.detach(), want.detach()
         ok = self.near(
             got,
@@ -170,6 +181,7 @@ class LossSubject:
             reduction=case["logits_TE"].numel(),
             counted=max(counted, 1),
             unit=_size_of_weights(case) if counted else 1.0,
+            exponent=exponent,
         )
         shown = (
             f"{float(got):.8g}, not {float(want):.8g}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -60,7 +61,9 @@ def alone(subject: RouterSubject, case: Case) -> None:
     assert isinstance(whole, TokenChoice)
     rows = []
     for token in range(len(case["x_TH"])):
-        held = {n: t[token : token + 1] for n, t in vars(ctx).items() if isinstance(t, Tensor)}
+        held: dict[str, Any] = {
+            n: t[token : token + 1] for n, t in vars(ctx).items() if isinstance(t, Tensor)
+        }
         one = subject.route(
             case["x_TH"][token : token + 1], replace(ctx, batch_shape=(1, 1), **held)
         )
@@ -202,7 +205,7 @@ def _aimed(subject: RouterSubject, case: Case) -> Tensor:
     sizes_T = torch.tensor(LOGITS, dtype=torch.float64)[torch.arange(len(x_TH)) % len(LOGITS)]
     if matrix_EH is None:
         return x_TH * sizes_T[:, None]
-    row_H = torch.linalg.pinv(matrix_EH).sum(-1)
+    row_H: Tensor = torch.linalg.pinv(matrix_EH).sum(-1)
     return x_TH + sizes_T[:, None] * row_H
 
 

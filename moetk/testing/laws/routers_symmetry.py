@@ -51,7 +51,7 @@ def _unless_ids_alone_choose(subject: RouterSubject) -> str | None:
     other_T = (ctx.token_ids + 1) % VOCABULARY
     if not subject.minds(token_ids=other_T):
         return "other ctx.token_ids change nothing"
-    besides = {
+    besides: dict[str, Any] = {
         "positions": ctx.positions.flip(0),
         "sequence_ids": ctx.positions // 3,
         "batch_shape": (len(other_T) // 3, 3),

@@ -9,12 +9,19 @@ import pytest
 import torch
 
 from moetk import routers
+from moetk.context import RouterContext
 from moetk.controllers import BiasUpdate
 from moetk.errors import MoeShapeError, RouterConfigError
 from moetk.kernels.selection import in_best_groups, normalise
 from moetk.losses import hf_load_balancing
 from moetk.losses.variation import squared_variation
-from moetk.routers import DeepSeekV3Router, DeepSeekV4HashRouter, LinearRouter
+from moetk.routers import (
+    DeepSeekV3Router,
+    DeepSeekV4HashRouter,
+    ExpertChoiceRouter,
+    LinearRouter,
+    SoftMoERouter,
+)
 from moetk.routing import TokenChoice
 
 LINEAR = [
@@ -70,3 +77,15 @@ def test_counts_of_another_number_of_experts_are_refused(length: int) -> None:
     with pytest.raises(MoeShapeError, match=rf"counts \({length},\)"):
         controller.step(torch.ones(length))
     assert not router.e_score_correction_bias.any()
+
+
+def test_an_empty_place_is_minus_one() -> None:
+    ctx = RouterContext(batch_shape=(1, 4), token_mask=torch.tensor([True, False, False, False]))
+    routing = ExpertChoiceRouter(3, 2, 1)(torch.randn(4, 3), ctx)
+    tokens_EC = routing.tokens_EC
+    assert (tokens_EC < 0).any() and set(tokens_EC[tokens_EC < 0].tolist()) == {-1}
+
+
+def test_one_token_without_a_batch_is_no_matrix() -> None:
+    with pytest.raises(MoeShapeError, match=r"x_TH is \(3,\)"):
+        SoftMoERouter(3, 2, 1)(torch.randn(3), RouterContext(batch_shape=(1, 1)))

@@ -42,4 +42,5 @@ def settings_apart(a: nn.Module, b: nn.Module) -> list[str]:
 
 def _settings(model: nn.Module, where: str) -> dict[str, Any]:
     root = root_of(model)
-    return vars(root if where == "model" else root.config.get_text_config())
+    held: dict[str, Any] = vars(root if where == "model" else root.config.get_text_config())
+    return held

@@ -6,14 +6,22 @@ from collections.abc import Callable
 
 from torch import nn
 
+from moetk.errors import RouterConfigError
 from moetk.layers.attach import Controller, name_of
-from moetk.testing.check_losses import check_sizes
-from moetk.testing.law import judge_laws
-from moetk.testing.laws import controllers_observe, controllers_run, controllers_step
+from moetk.testing.check_losses import check_object, check_sizes, own_copy
+from moetk.testing.law import judge_laws, untouched_random
+from moetk.testing.laws import (
+    controllers_long,
+    controllers_observe,
+    controllers_run,
+    controllers_step,
+)
 from moetk.testing.laws.controllers_subject import ControllerSubject
 from moetk.testing.report import LawReport
 
-LAWS = (*controllers_observe.LAWS, *controllers_step.LAWS, *controllers_run.LAWS)
+_ROOMS = (controllers_observe, controllers_step, controllers_run, controllers_long)
+LAWS = tuple(law for room in _ROOMS for law in room.LAWS)
+_PARTS = ("accumulate", "observe", "step", "state_dict", "load_state_dict")
 
 
 def check_controller(
@@ -28,18 +36,28 @@ def check_controller(
     """Check every law of controllers that speaks about this one, on `examples` drawn routings.
 
     controller: with accumulate, observe, step, state_dict, load_state_dict, and bind where it moves
-        a router. It is copied for every run, as a layer copies it. Its `rate` and `centred`, where
-        it has them, are believed, and checked; one whose experts are not alike declares
-        `experts_differ = True`.
+        a router. It is not changed: every run has a copy of its own, as a layer has, on the CPU,
+        and torch's random numbers go on after the check as if it had drawn none. Its `rate` and
+        `centred`, where it has them, are believed, and checked; one whose experts are not alike
+        declares `experts_differ = True`, one that only lowers the full or only raises the empty
+        `one_sided = True`.
     router: makes what it steers; None = a DeepSeekV3Router of these sizes, with a bias per expert.
 
-    Raises LawBrokenError where a law breaks, with the smallest case; RouterConfigError for sizes
-    that cannot be; what the controller itself raises on an ordinary routing.
+    Raises LawBrokenError where a law breaks, with the smallest case; RouterConfigError for what
+    is no controller and for sizes that cannot be; what the controller itself raises on an ordinary
+    routing.
     """
+    check_object("check_controller", controller, "controller")
+    if missing := [name for name in _PARTS if not hasattr(controller, name)]:
+        raise RouterConfigError(
+            f"check_controller: {name_of(controller)} has no {', '.join(missing)}; a controller "
+            f"has {', '.join(_PARTS)}."
+        )
     check_sizes("check_controller", num_experts, top_k)
-    subject = ControllerSubject(controller, num_experts, top_k, router)
-    subject.run().step(subject.skewed(3))
-    outcomes = judge_laws(LAWS, subject, examples=examples, derandomize=derandomize)
+    subject = ControllerSubject(own_copy(controller), num_experts, top_k, router)
+    with untouched_random():
+        subject.run().step(subject.skewed(3))
+        outcomes = judge_laws(LAWS, subject, examples=examples, derandomize=derandomize)
     return LawReport(
         name_of(controller),
         tuple(outcomes),

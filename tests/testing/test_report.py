@@ -49,7 +49,7 @@ def test_the_table_tells_each_law_and_each_reason_once(broken: LawReport) -> Non
     text = str(broken)
     for outcome in broken.outcomes:
         assert outcome.law.title in text
-    assert "R38 broken: no gradient of the weights reaches weight, bias (K = 1" in text
+    assert "R38 broken: no gradient of the weights reaches bias, weight (K = 1" in text
     assert text.count("its routing carries no kept_TK") == 1
     assert "R21, R22, R23 not applicable: its routing carries no kept_TK: it drops nothing" in text
     assert "causality: in evaluation causal, in training causal" in text

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moetk.equivalence.sides.bank_view import BankView
 from moetk.equivalence.sides.products import Place, Product, Products
 from moetk.equivalence.sides.rows import Order, choices_of_rows
 from moetk.equivalence.trace import Scattered
@@ -55,7 +54,7 @@ def inner_stages(products: Products, asked: Asked, combined_TH: Tensor) -> Inner
     bank, made = products.bank, products.made
     if not products.clear or (not made and bool((asked.ids_TK >= 0).any())):
         return Inner({})
-    ups = _with_choices([product for product in made if product.part == "up"], asked, bank)
+    ups = _with_choices(products, asked)
     if ups is None:
         return Inner({})
     downs: list[tuple[Product, Tensor]] = []
@@ -92,10 +91,9 @@ def _alike(up: Product, down: Product) -> bool:
     return len(up.value) == len(down.value) and up.offsets == down.offsets
 
 
-def _with_choices(
-    products: Sequence[Product], asked: Asked, bank: BankView
-) -> list[tuple[Product, Tensor]] | None:
+def _with_choices(overheard: Products, asked: Asked) -> list[tuple[Product, Tensor]] | None:
     """Each up product with (N,) the choice of each row, -1 = nobody's; None = it cannot be told."""
+    bank, products = overheard.bank, [one for one in overheard.made if one.part == "up"]
     flat_N, num_choices = asked.ids_TK.flatten(), asked.ids_TK.shape[1]
     dtype = products[0].left_value.dtype if products else asked.x_TH.dtype
     if any(p.left_value.shape[1] != asked.x_TH.shape[1] for p in products):
@@ -114,7 +112,10 @@ def _with_choices(
     ]
     grouped = any(product.expert is None for product in products)
     declared: Order | None = "token" if grouped else bank.loop_order
-    found = choices_of_rows(parts, num_choices, inputs, declared)
+    order_N = overheard.order_of(flat_N) if grouped and len(products) == 1 else None
+    sizes = [len(rows) for rows, _ in parts]
+    told = None if order_N is None else list(order_N[: sum(sizes)].split(sizes))
+    found = choices_of_rows(parts, num_choices, inputs, declared, told)
     if found is None:
         return None
     remaining, ups = iter(found), []

@@ -18,6 +18,7 @@ from moetk.equivalence.sides.bank_view import BankView
 _PRODUCTS = frozenset(
     {"linear", "mm", "matmul", "__matmul__", "_grouped_mm", "grouped_mm", "grouped_mm_fallback"}
 )
+_SORTS = frozenset({"sort", "argsort"})
 _SUMS = frozenset({"add", "add_", "__add__", "__iadd__"})
 
 
@@ -60,10 +61,15 @@ class Product:
         ]
 
 
+def _is_vector_of_ids(value: object) -> bool:
+    return isinstance(value, Tensor) and value.ndim == 1 and not value.is_floating_point()
+
+
 class Products(TorchFunctionMode):
     """Within it, every product whose right operand is a matrix of `bank` is noted in `made`.
 
     clear: False once a product was seen that is no plain (N, A) x (A, B) of whole matrices.
+    sorts: each sort of a vector of whole numbers, as (the vector, its order).
     """
 
     def __init__(self, bank: BankView) -> None:
@@ -71,6 +77,7 @@ class Products(TorchFunctionMode):
         self.bank = bank
         self.made: list[Product] = []
         self.clear = True
+        self.sorts: list[tuple[Tensor, Tensor]] = []
 
     def __torch_function__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
@@ -85,7 +92,17 @@ class Products(TorchFunctionMode):
                 self._product(operands, result)
         elif name in _SUMS and args and isinstance(args[0], Tensor):
             self._sum(args[0], result)
+        elif name in _SORTS and _is_vector_of_ids(args[0]):
+            order = result if isinstance(result, Tensor) else result[1]
+            self.sorts.append((args[0].clone(), order.clone()))
         return result
+
+    def order_of(self, ids_N: Tensor) -> Tensor | None:
+        """(N,) int64: in which order these ids were sorted; None = it was not overheard."""
+        for sorted_N, order_N in self.sorts:
+            if torch.equal(sorted_N, ids_N):
+                return order_N
+        return None
 
     def _sum(self, left: Tensor, result: Tensor) -> None:
         value = None

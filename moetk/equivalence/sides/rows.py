@@ -21,6 +21,7 @@ def choices_of_rows(
     num_choices: int,
     inputs: Callable[[Tensor], Tensor],
     declared: Order | None = None,
+    told: list[Tensor] | None = None,
 ) -> list[Tensor] | None:
     """For each part (N,) int64: the choice of each row, -1 = a row that no choice asked for. None
     where it cannot be told.
@@ -28,7 +29,10 @@ def choices_of_rows(
     num_choices: K. inputs: choices -> the rows that their experts should read. Rows lie by token or
     slot by slot where the inputs agree with that in all parts, else each is found by its value.
     declared: which order it is where tokens have equal inputs and both agree; None = not known.
+    told: the choices of each part's rows as the code itself sorted them; None = not known.
     """
+    if told is not None and _agree(parts, told, inputs):
+        return told
     by_token = [choices_C for _, choices_C in parts]
     by_slot = [c[(c % max(num_choices, 1)).argsort(stable=True)] for c in by_token]
     fitting: dict[Order, list[Tensor]] = {}

@@ -108,8 +108,8 @@ class _ClearsTheCounts(BiasUpdate):
 @law(
     "C18",
     "the bias alone moves",
-    formula="routing, context, what was observed, and all of the router but its bias stay, to the "
-    "bit; the bias keeps its place and dtype",
+    formula="routing, context, what was observed, all of the router but its bias, and the state of "
+    "torch's random numbers stay, to the bit; the bias keeps its place and dtype",
     source="a parameter that a controller moves, the optimizer moves too",
     cases=lambda subject: cases(subject, unused=True),
     broken=lambda: ControllerSubject(_ClearsTheCounts(1e-3)),
@@ -119,10 +119,15 @@ def leaves_alone(subject: ControllerSubject, case: Case) -> None:
     run = subject.run()
     bias_E, before = getattr(run.router, BUFFER), run.state()
     copies = Case({name: tensor.clone() for name, tensor in case.tensors.items()}, case.settings)
+    drawn = torch.get_rng_state()
     run.steered.commit(run.steered.observe(routing_of(copies), context_of(copies)))
     observed = run.steered.take() or []
     kept = [tensor.clone() for tensor in observed]
     run.steered.step(observed)
+    hold(
+        torch.equal(torch.get_rng_state(), drawn),
+        "it draws random numbers: what is drawn after it, dropout say, is another",
+    )
     for name, tensor in case.tensors.items():
         hold(torch.equal(copies[name], tensor), f"{name} was changed in place")
     for now, then in zip(observed, kept, strict=True):

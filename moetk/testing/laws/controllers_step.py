@@ -79,7 +79,7 @@ def _no_counts(subject: ControllerSubject) -> str | None:
     unless=_no_counts,
 )
 def rest(subject: ControllerSubject, case: Case) -> None:
-    run = subject.run(start=0.5)
+    run = subject.run(start=2.0**-5)
     before, after = run.bias_E, run.step(case).bias_E
     hold(torch.equal(before, after), "equal counts, and it moves", move=after - before)
 
@@ -102,7 +102,7 @@ class _Divides(Rule):
     unless=_no_counts,
 )
 def nothing(subject: ControllerSubject, case: Case) -> None:
-    run = subject.run(start=0.5)
+    run = subject.run(start=2.0**-5)
     before, after = run.bias_E, run.step(case).bias_E
     hold(torch.equal(before, after), "no token, and it moves", move=after - before)
 
@@ -115,8 +115,7 @@ class _Flipped(Rule):
 @law(
     "C10",
     "towards balance",
-    formula="c_e > mean: b_e does not rise; c_e < mean: b_e does not fall; in a collapse the "
-    "fullest fall against the emptiest",
+    formula="c_e > mean: b_e does not rise; c_e < mean: b_e does not fall",
     source="arXiv 2408.15664, algorithm 1, line 6: b_e + u sign(mean c - c_e)",
     cases=lambda subject: cases(subject, unused=True),
     broken=lambda: ControllerSubject(_Flipped()),
@@ -130,10 +129,6 @@ def towards_balance(subject: ControllerSubject, case: Case) -> None:
     under_E = counts_E * len(counts_E) < counts_E.sum()
     hold(not (move_E[over_E] > 0).any(), "an overloaded expert rises", counts=counts_E, move=move_E)
     hold(not (move_E[under_E] < 0).any(), "a starved expert falls", counts=counts_E, move=move_E)
-    if subject.rate != 0 and subject.top_k < subject.num_experts:
-        worst_E = subject.run().step(subject.skewed(64)).bias_E
-        full, empty = worst_E[: subject.top_k].max(), worst_E[subject.top_k :].min()
-        hold(full < empty, "64 tokens on the first experts, and these do not fall", move=worst_E)
 
 
 class _Proportional(Rule):
@@ -229,14 +224,15 @@ class _FloatCounts(BiasUpdate):
 
 def _not_by_sign(subject: ControllerSubject) -> str | None:
     if not subject.moves_by_sign:
-        return "it does not move by the sign alone"
+        return "it moves by more than the sign: otherwise for one token in thousands than for many"
     return _no_counts(subject)
 
 
 @law(
     "C14",
     "one token in millions",
-    formula="2^25 more choices for every expert change no sign of mean - count",
+    formula="2^24 more choices for every expert change no sign of mean - c_e, where that is 2^-29 "
+    "of all choices or more",
     source="fp32 counts whole numbers up to 2^24; a long step on many ranks goes beyond",
     cases=lambda subject: cases(subject, "absent"),
     broken=lambda: ControllerSubject(_FloatCounts(1e-3)),
@@ -244,11 +240,13 @@ def _not_by_sign(subject: ControllerSubject) -> str | None:
 )
 def exact_counts(subject: ControllerSubject, case: Case) -> None:
     run, plain = subject.run(), subject.run()
-    observed = run.observe(case)
-    run.steered.commit([torch.full_like(value, 2**25) for value in observed])
-    got_E, want_E = run.step(case).bias_E, plain.step(case).bias_E
-    told = "with 2^25 more choices each, the bias moves otherwise"
-    hold(torch.equal(got_E, want_E), told, got=got_E, want=want_E)
+    [counts_E] = plain.total(case)
+    run.add(case, 2**24)
+    got_E, want_E = run.step().bias_E, plain.step(case).bias_E
+    # A band of 1e-9 around balance is right, and here it spans more than a token of many experts.
+    off_E = (counts_E - counts_E.double().mean()).abs() >= len(counts_E) / 32
+    told = "with 2^24 more choices each, the bias moves otherwise"
+    hold(torch.equal(got_E[off_E].sign(), want_E[off_E].sign()), told, got=got_E, want=want_E)
 
 
 LAWS: tuple[Law[ControllerSubject], ...] = (

@@ -6,6 +6,7 @@ Letters: T tokens, E experts, K choices a token.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -50,6 +51,14 @@ class Running:
             self.steered.commit(self.observe(case))
         return self.steered.take() or []
 
+    def add(self, case: Case, more: int) -> None:
+        """Observe a case, and `more` of everything beside it, as far as its dtype goes."""
+        observed = self.observe(case)
+        self.steered.commit(observed)
+        for value in observed:
+            most = math.inf if value.is_floating_point() else torch.iinfo(value.dtype).max // 2
+            self.steered.commit([torch.full_like(value, min(more, most))])
+
     def step(self, *cases: Case) -> Running:
         """One optimizer step after these micro-batches."""
         self.steered.step(self.total(*cases))
@@ -83,7 +92,7 @@ class ControllerSubject:
 
     def run(self, dtype: torch.dtype = torch.float32, start: float = 0.0) -> Running:
         """A fresh copy on a fresh router, whose bias is `start` throughout."""
-        router = copy.deepcopy(self._router).to(dtype)
+        router = copy.deepcopy(self._router).to("cpu", dtype)
         bias_E = getattr(router, BUFFER, None)
         if isinstance(bias_E, Tensor) and start:
             with torch.no_grad():
@@ -117,27 +126,37 @@ class ControllerSubject:
 
     @cached_property
     def moves_by_sign(self) -> bool:
-        """It moves as far for a small imbalance as for a large one."""
-        if not self.has_bias or self.top_k == self.num_experts:
+        """It moves as far for one token in thousands as for all of them: no band around balance,
+        and not by how much the load is off."""
+        if not self.has_bias or not self.counts_choices or self.top_k == self.num_experts:
             return False
-        far = self.run().step(self.skewed(2)).bias_E
-        near = self.run().step(self.skewed(2), self.balanced()).bias_E
-        return bool(near.any()) and torch.equal(near, far)
+        far, near = self.run().step(self.skewed(2)), self.run()
+        near.add(self.skewed(2), 2**14)
+        near.step()
+        return bool(near.bias_E.any()) and torch.equal(near.bias_E, far.bias_E)
+
+    def rate_at(self, step: int) -> float | None:
+        """How far this step may move, where it says so."""
+        rate = getattr(self.controller, "rate", None)
+        rate = rate(step) if callable(rate) else rate
+        return float(rate) if isinstance(rate, int | float) else None
 
     @property
     def rate(self) -> float | None:
-        """How far one step may move, where it says so."""
-        rate = getattr(self.controller, "rate", None)
-        rate = rate(0) if callable(rate) else rate
-        return float(rate) if isinstance(rate, int | float) else None
+        return self.rate_at(0)
+
+    @cached_property
+    def moves(self) -> bool:
+        """The bias is not, after a collapse, what it was."""
+        return self.has_bias and bool(self.run().step(self.skewed(64)).bias_E.any())
 
     @property
     def centred(self) -> bool:
         return bool(getattr(self.controller, "centred", False))
 
-    def skewed(self, times: int) -> Case:
-        """All tokens, `times` many, on the first K experts."""
-        logits_E = -torch.arange(self.num_experts, dtype=torch.float64)
+    def skewed(self, times: int, first: int = 0) -> Case:
+        """All tokens, `times` many, on K experts from `first` on."""
+        logits_E = -torch.arange(self.num_experts, dtype=torch.float64).roll(first)
         return build_case(logits_E.repeat(times, 1), self.top_k)
 
     def balanced(self) -> Case:

@@ -112,14 +112,14 @@ BATCHES, BATCH = 8, 256  # beside the drawn case, until each parameter has been 
 def reaches_parameters(subject: RouterSubject, case: Case) -> None:
     router, seed = subject.copy_at(True), int(case.settings["seed"] or 0)
     routing: Routing = router(case["x_TH"].to(subject.dtype), context_of(case))
-    unmoved = _unreached(subject, router, case["x_TH"], routing)
+    unmoved, chosen = _unreached(subject, router, case["x_TH"], routing), _chosen(routing)
     # What belongs to one expert is reached by the tokens that choose it: perhaps by none of these.
     for more in range(1, 1 + BATCHES) if unmoved else ():
         x_TH = rows_of("gaussian", seed + more, BATCH, subject.hidden_size)
         told = router(x_TH.to(subject.dtype), plain_context(1, BATCH, seed + more))
         unmoved &= _unreached(subject, router, x_TH, told)
-        if not unmoved:
-            return
+        chosen |= _chosen(told)
+    unmoved -= _of_experts(subject, router, set(range(subject.num_experts)) - chosen)
     weights = by_token(routing)["weights"]
     one = isinstance(routing, TokenChoice) and bool((weights == 1).all())
     trap = " (K = 1 and a rescaled weight: it is always 1; keep the score itself)" if one else ""
@@ -128,6 +128,28 @@ def reaches_parameters(subject: RouterSubject, case: Case) -> None:
         f"no gradient of the weights reaches {', '.join(sorted(unmoved))}{trap}",
         weights=weights,
     )
+
+
+def _chosen(routing: Routing) -> set[int]:
+    """Experts that some token chooses; all, where tokens do not choose."""
+    if isinstance(routing, TokenChoice):
+        return set(routing.experts_TK.flatten().tolist())
+    return set(range(routing.num_experts))
+
+
+def _of_experts(subject: RouterSubject, router: Router, experts: set[int]) -> set[str]:
+    """Parameters with the number of one of these experts in their name, "keys.3", where each
+    expert has its own."""
+    named, found = subject.trained(router), set()
+    for name in named:
+        parts = name.split(".")
+        for place, part in enumerate(parts):
+            if part.isdigit() and int(part) in experts:
+                before, after = parts[:place], parts[place + 1 :]
+                others = (".".join([*before, str(e), *after]) for e in range(subject.num_experts))
+                if all(other in named for other in others):
+                    found.add(name)
+    return found
 
 
 def _unreached(subject: RouterSubject, router: Router, x_TH: Tensor, routing: Routing) -> set[str]:

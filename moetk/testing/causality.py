@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from moetk.context import RouterContext
-from moetk.testing.laws.routers_subject import RouterSubject, by_token, differing, plain_context
+from moetk.testing.laws.routers_subject import RouterSubject, plain_context
+from moetk.testing.laws.routers_told import by_token, differing
 from moetk.testing.report import Causality
 from moetk.testing.strategies.inputs import rows_of
 

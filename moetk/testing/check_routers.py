@@ -20,7 +20,8 @@ from moetk.testing.laws import (
     routers_symmetry,
     routers_weights,
 )
-from moetk.testing.laws.routers_subject import Router, RouterSubject, matrix_of, router_subject
+from moetk.testing.laws.routers_subject import Router, RouterSubject, router_subject
+from moetk.testing.laws.routers_told import matrix_of
 from moetk.testing.report import LawReport
 
 ROUTER_LAWS: tuple[Law[RouterSubject], ...] = (

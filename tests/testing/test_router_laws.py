@@ -20,7 +20,8 @@ from moetk.testing import check_router
 from moetk.testing.causality import measure_causality
 from moetk.testing.check_routers import ROUTER_LAWS
 from moetk.testing.law import Law, judge_law, judge_laws
-from moetk.testing.laws.routers_subject import RouterSubject, matrix_of
+from moetk.testing.laws.routers_subject import RouterSubject
+from moetk.testing.laws.routers_told import matrix_of
 from tests.testing.drawn import drawn
 from tests.testing.users import (
     RIGHT,

@@ -20,7 +20,8 @@ from moetk.testing.laws.routers_cases import (
     unless_tokens_are_chosen,
 )
 from moetk.testing.laws.routers_compare import choice_of, coarsest_eps
-from moetk.testing.laws.routers_subject import RouterSubject, by_token, context_of
+from moetk.testing.laws.routers_subject import RouterSubject, context_of
+from moetk.testing.laws.routers_told import by_token
 
 CROWDS = ("gaussian", "collapsed", "starved", "zeros")
 

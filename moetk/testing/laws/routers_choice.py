@@ -18,11 +18,7 @@ from moetk.testing.laws.routers_cases import (
     unless_experts_are_chosen,
 )
 from moetk.testing.laws.routers_compare import choice_of, coarsest_eps
-from moetk.testing.laws.routers_subject import (
-    CHOICE_BIAS,
-    RouterSubject,
-    context_of,
-)
+from moetk.testing.laws.routers_subject import CHOICE_BIAS, RouterSubject, context_of
 
 
 def _unless_scores_choose(subject: RouterSubject) -> str | None:

@@ -14,12 +14,8 @@ from torch import Tensor
 
 from moetk.routing import ExpertChoice, Routing, SoftChoice, TokenChoice
 from moetk.testing.law import Case, hold
-from moetk.testing.laws.routers_subject import (
-    RouterSubject,
-    by_token,
-    context_of,
-    differing,
-)
+from moetk.testing.laws.routers_subject import RouterSubject, context_of
+from moetk.testing.laws.routers_told import by_token, differing
 
 
 def hold_same(first: Routing, second: Routing, when: str, rows: Tensor | None = None) -> None:

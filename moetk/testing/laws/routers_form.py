@@ -15,7 +15,8 @@ from moetk.testing.laws.routers_cases import (
     inputs,
     unless_experts_are_chosen,
 )
-from moetk.testing.laws.routers_subject import RouterSubject, by_token, context_of
+from moetk.testing.laws.routers_subject import RouterSubject, context_of
+from moetk.testing.laws.routers_told import by_token
 
 
 class CountsFromOne(ScoredRouter):

@@ -19,11 +19,8 @@ from moetk.testing.laws.routers_cases import (
     unless_it_has_a_mode,
 )
 from moetk.testing.laws.routers_compare import hold_close, hold_same
-from moetk.testing.laws.routers_subject import (
-    RouterSubject,
-    context_of,
-    every_tensor,
-)
+from moetk.testing.laws.routers_subject import RouterSubject, context_of
+from moetk.testing.laws.routers_told import every_tensor
 from moetk.testing.strategies.inputs import LAYOUTS, MODERATE
 
 

@@ -18,11 +18,11 @@ from moetk.testing.laws.routers_subject import (
     CHOICE_BIAS,
     Router,
     RouterSubject,
-    by_token,
     context_of,
     plain_context,
 )
 from moetk.testing.laws.routers_symmetry import unless_choice_bias
+from moetk.testing.laws.routers_told import by_token
 from moetk.testing.strategies.inputs import MODERATE, rows_of
 
 

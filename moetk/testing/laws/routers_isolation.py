@@ -21,13 +21,8 @@ from moetk.testing.laws.routers_cases import (
     padded_with_others,
 )
 from moetk.testing.laws.routers_compare import hold_same
-from moetk.testing.laws.routers_subject import (
-    PROBES,
-    RouterSubject,
-    by_token,
-    context_of,
-    differing,
-)
+from moetk.testing.laws.routers_subject import PROBES, RouterSubject, context_of
+from moetk.testing.laws.routers_told import by_token, differing
 from moetk.testing.strategies.inputs import BAD_VALUES, not_finite
 
 

@@ -21,12 +21,8 @@ from moetk.testing.laws.routers_cases import (
 )
 from moetk.testing.laws.routers_compare import hold_close
 from moetk.testing.laws.routers_function import unless_it_draws_noise
-from moetk.testing.laws.routers_subject import (
-    RouterSubject,
-    by_token,
-    context_of,
-    every_tensor,
-)
+from moetk.testing.laws.routers_subject import RouterSubject, context_of
+from moetk.testing.laws.routers_told import by_token, every_tensor
 from moetk.testing.strategies.inputs import MODERATE
 
 

@@ -21,13 +21,8 @@ from moetk.testing.laws.routers_cases import (
     unless_experts_are_chosen,
 )
 from moetk.testing.laws.routers_compare import coarsest_eps, hold_close
-from moetk.testing.laws.routers_subject import (
-    CHOICE_BIAS,
-    RouterSubject,
-    by_token,
-    context_of,
-    differing,
-)
+from moetk.testing.laws.routers_subject import CHOICE_BIAS, RouterSubject, context_of
+from moetk.testing.laws.routers_told import by_token, differing
 from moetk.testing.strategies.inputs import MODERATE
 from moetk.testing.strategies.sequences import VOCABULARY
 

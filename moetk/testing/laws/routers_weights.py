@@ -20,8 +20,9 @@ from moetk.testing.laws.routers_cases import (
     unless_experts_are_chosen,
 )
 from moetk.testing.laws.routers_compare import coarsest_eps, rounding, rounding_of
-from moetk.testing.laws.routers_subject import RouterSubject, by_token, context_of
+from moetk.testing.laws.routers_subject import RouterSubject, context_of
 from moetk.testing.laws.routers_symmetry import unless_choice_bias
+from moetk.testing.laws.routers_told import by_token
 from moetk.testing.strategies.inputs import MODERATE
 
 

@@ -16,7 +16,7 @@ from moetk.testing.laws import (
     controllers_run,
     controllers_step,
 )
-from moetk.testing.laws.controllers_subject import ControllerSubject
+from moetk.testing.laws.controllers_subject import ControllerSubject, pair_under_test
 from moetk.testing.report import LawReport
 
 _ROOMS = (controllers_observe, controllers_step, controllers_run, controllers_long)
@@ -42,6 +42,7 @@ def check_controller(
         declares `experts_differ = True`, one that only lowers the full or only raises the empty
         `one_sided = True`.
     router: makes what it steers; None = a DeepSeekV3Router of these sizes, with a bias per expert.
+        With it, what `report.repro` builds again is the pair (controller, router).
 
     Raises LawBrokenError where a law breaks, with the smallest case; RouterConfigError for what
     is no controller and for sizes that cannot be; what the controller itself raises on an ordinary
@@ -61,7 +62,7 @@ def check_controller(
     return LawReport(
         name_of(controller),
         tuple(outcomes),
-        subject_of=ControllerSubject,
+        subject_of=ControllerSubject if router is None else pair_under_test,
         arguments={"num_experts": num_experts, "top_k": top_k},
-        part=controller,
+        part=controller if router is None else (controller, router),
     ).or_raise()

@@ -146,9 +146,10 @@ class LawReport:
         """Write a pytest file and the smallest case, for each broken law; running the file checks
         the law on the part again.
 
-        build: "module:function", a function without arguments that returns the part. Not needed
-        for a part that can be imported by its own name; without either, the test fails and says
-        where to put it.
+        build: "module:function", a function without arguments that returns the part; or the pair
+        of it and what was handed in beside it, check_dispatcher's with_capacity or
+        check_controller's router. Not needed for what can be imported by its own name; without
+        either, the test fails and says where to put it.
         """
         from moetk.testing.repro import write_repro
 

@@ -60,7 +60,8 @@ def recheck(law: Law[Any], subject: Any, case: Case) -> None:
 def importable(part: Any) -> str | None:
     """ "module:name" where `part` lies, None where no import finds it."""
     module, name = getattr(part, "__module__", None), getattr(part, "__qualname__", None)
-    if not inspect.isroutine(part) or not module or not name or module == "__main__":
+    named = inspect.isroutine(part) or inspect.isclass(part)
+    if not named or not module or not name or module == "__main__":
         return None
     try:
         found = functools.reduce(getattr, name.split("."), importlib.import_module(module))
@@ -120,17 +121,20 @@ def test_{law.number.lower()}():
 
 
 def _build_text(part: Any, build: str | None) -> str:
-    found = importable(part)
     if build is not None:
         module, name = build.split(":")
         return f"    from {module} import {name}\n\n    return {name}()"
-    if found is not None:
-        module, name = found.split(":")
-        first, *rest = name.split(".")
-        return f"    from {module} import {first}\n\n    return {'.'.join([first, *rest])}"
+    pair = isinstance(part, tuple)  # the part, and what was handed to the check with it
+    found = [importable(one) for one in part] if pair else [importable(part)]
+    if all(found):
+        places = [place.split(":") for place in found if place]
+        lines = [f"    from {module} import {name.split('.')[0]}" for module, name in places]
+        return "\n".join([*lines, "", f"    return {', '.join(name for _, name in places)}"])
+    what = "the pair that was checked, the part and what was handed in beside it,"
+    what = what if pair else "the part that was checked,"
     return (
         "    raise NotImplementedError(\n"
-        '        "Return here the part that was checked, built as it was; or call "\n'
+        f'        "Return here {what} built as it was; or call "\n'
         "        \"report.repro(folder, build='module:function').\"\n"
         "    )"
     )

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import runpy
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +18,14 @@ from safetensors import safe_open
 
 from moetk.errors import LawBrokenError, RouterConfigError
 from moetk.routers import GptOssRouter, MixtralRouter
-from moetk.testing import LawReport, check_router
+from moetk.testing import (
+    LawReport,
+    check_controller,
+    check_dispatcher,
+    check_expert_bank,
+    check_loss,
+    check_router,
+)
 from moetk.testing.law import Case, Outcome
 from moetk.testing.laws import routers_weights
 from moetk.testing.laws.routers_gradient import LAWS, reaches_parameters
@@ -103,6 +113,112 @@ def test_the_test_file_finds_the_breach_and_passes_once_it_is_mended(
     (path,) = broken.repro(mended, build="parts:build")
     (mended / "parts.py").write_text((tmp_path / "parts.py").read_text().replace("K = 1", "K = 2"))
     run(path)
+
+
+PARTS = '''
+import torch
+from moetk.controllers import BiasUpdate
+from moetk.dispatch import Capacity, Local
+from moetk.routers import DeepSeekV3Router, GptOssRouter
+
+sizes = {"num_experts": 4, "examples": 3}
+
+
+def router():
+    torch.manual_seed(0)
+    return GptOssRouter(8, 8, 1)
+
+
+def forgets_the_weights(x_TH, routing):
+    return x_TH * (routing.experts_TK >= 0).sum(-1, keepdim=True)
+
+
+def bank():
+    return forgets_the_weights
+
+
+class Generous:
+    """Three times the room that it was given."""
+
+    def __init__(self, factor):
+        self.inner = Local(Capacity(3 * factor))
+
+    def dispatch(self, *given):
+        return self.inner.dispatch(*given)
+
+    def combine(self, *given):
+        return self.inner.combine(*given)
+
+
+def dispatcher():
+    return Generous(1.0), Generous
+
+
+def mean_of_none(routing, ctx):
+    return routing.scores_TE.mean()
+
+
+def loss():
+    return mean_of_none
+
+
+class Backwards(BiasUpdate):
+    def step(self, seen):
+        before_E = self._router.e_score_correction_bias.clone()
+        super().step(seen)
+        moved_E = self._router.e_score_correction_bias - before_E
+        self._router.e_score_correction_bias.sub_(2 * moved_E)
+
+
+def steered():
+    return DeepSeekV3Router(6, 4, 2)
+
+
+def controller():
+    return Backwards(1e-3), steered
+'''
+
+
+@pytest.mark.parametrize("kind", ["router", "bank", "dispatcher", "loss", "controller"])
+def test_each_kind_of_part_is_built_again(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "parts.py").write_text(PARTS)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "parts", raising=False)
+    parts = importlib.import_module("parts")
+    check: dict[str, Callable[[Any], object]] = {
+        "router": lambda router: check_router(router, examples=2),
+        "bank": lambda bank: check_expert_bank(bank, hidden_size=3, **parts.sizes),
+        "dispatcher": lambda pair: check_dispatcher(pair[0], with_capacity=pair[1], **parts.sizes),
+        "loss": lambda loss: check_loss(loss, **parts.sizes),
+        "controller": lambda pair: check_controller(pair[0], router=pair[1], **parts.sizes),
+    }
+    with pytest.raises(LawBrokenError) as raised:
+        check[kind](getattr(parts, kind)())
+    folder = tmp_path / "found"
+    folder.mkdir()
+    (folder / "parts.py").write_text(PARTS)
+    # One file is run; the others differ from it in the law's number alone.
+    path, *_ = raised.value.report.repro(folder, build=f"parts:{kind}")
+    with pytest.raises(LawBrokenError, match=path.stem[5:].upper()):
+        run(path)
+    monkeypatch.delitem(sys.modules, "parts", raising=False)
+
+
+def test_a_pair_that_cannot_be_imported_is_asked_for(tmp_path: Path) -> None:
+    outcome = Outcome(LAWS[0], "broken", "told", Case())
+    pair = LawReport("mine", (outcome,), subject_of=router_subject, part=(one_choice(), one_choice))
+    (path,) = pair.repro(tmp_path)
+    with pytest.raises(NotImplementedError, match="the pair that was checked, the part and what"):
+        runpy.run_path(str(path))["part"]()
+
+
+def test_a_pair_that_can_be_imported_needs_no_build(tmp_path: Path) -> None:
+    outcome = Outcome(LAWS[0], "broken", "told", Case())
+    pair = LawReport("mine", (outcome,), subject_of=router_subject, part=(one_choice, GptOssRouter))
+    (path,) = pair.repro(tmp_path)
+    assert runpy.run_path(str(path))["part"]() == (one_choice, GptOssRouter)
 
 
 def test_what_can_be_imported_needs_no_build() -> None:

@@ -184,3 +184,11 @@ class ControllerSubject:
         bound = 2 * floor(torch.float32, OPERATIONS + self.num_experts)
         # Written so that NaN is not near.
         return bool((got - want).norm() <= bound * torch.maximum(got.norm(), want.norm()))
+
+
+def pair_under_test(
+    pair: tuple[Controller, Callable[[], nn.Module]], num_experts: int = 8, top_k: int = 2
+) -> ControllerSubject:
+    """`ControllerSubject` of a controller with what makes its router, built together."""
+    controller, router = pair
+    return ControllerSubject(controller, num_experts, top_k, router)

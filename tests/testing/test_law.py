@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 import torch
 from hypothesis import assume
 from hypothesis import strategies as st
 
 from moetk.errors import LawBrokenError
-from moetk.testing.law import Breach, Case, Law, hold, judge_law, judge_laws, law, raise_if_broken
+from moetk.testing.law import (
+    Breach,
+    Case,
+    Law,
+    hold,
+    judge_law,
+    judge_laws,
+    law,
+    raise_if_broken,
+    untouched_random,
+)
 
 
 @law(
@@ -73,6 +85,45 @@ def test_randomness_starts_anew_for_each_case_and_is_given_back() -> None:
     judge_law(with_check(draw), 1, examples=5)
     assert len(set(draws)) == 1
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_law_that_finds_no_case_to_judge_does_not_speak() -> None:
+    def picky(limit: int, case: Case) -> None:
+        assume(False)
+
+    outcome = judge_law(with_check(picky), 1, examples=5)
+    told = (outcome.status, outcome.reason)
+    assert told == ("not applicable", "no drawn case could be judged")
+
+
+def test_a_case_is_judged_with_gradients_whatever_was_left() -> None:
+    seen = []
+
+    def leaves(limit: int, case: Case) -> None:
+        seen.append(torch.is_grad_enabled())
+        torch.set_grad_enabled(False)
+
+    judge_law(with_check(leaves), 1, examples=5)
+    assert all(seen) and torch.is_grad_enabled()
+    with torch.no_grad():
+        judge_law(with_check(leaves), 1, examples=5)
+        assert all(seen) and not torch.is_grad_enabled()
+
+
+def test_random_numbers_go_on_as_if_none_had_been_drawn() -> None:
+    def draw() -> tuple[float, float]:
+        return float(torch.rand(())), random.random()
+
+    states = torch.get_rng_state(), random.getstate()
+    with untouched_random():
+        first = draw()
+    assert torch.equal(torch.get_rng_state(), states[0]) and random.getstate() == states[1]
+    draw()
+    with pytest.raises(ValueError), untouched_random():
+        assert draw() == first
+        state = random.getstate()
+        raise ValueError
+    assert random.getstate() != state
 
 
 def test_a_strategy_that_fails_is_not_the_parts_fault() -> None:

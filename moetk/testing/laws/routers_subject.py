@@ -280,7 +280,8 @@ class RouterSubject:
                     raise RouterConfigError(
                         f"{self.name} does not route x_TH {tuple(x_TH.shape)}, neither in float64 "
                         f"({in_double}) nor in {self.dtype} ({type(error).__name__}: {error}). Is "
-                        f"hidden_size={self.hidden_size} its width?"
+                        f"hidden_size={self.hidden_size} its width, and is it called as "
+                        "(x_TH, ctx)?"
                     ) from error
 
 

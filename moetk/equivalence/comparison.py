@@ -142,7 +142,7 @@ def _evidence(
     chosen, parameters = dtypes, side_a
     if wrong_function:
         assert function is not None
-        with InDouble():
+        with InDouble(x_TH.dtype):
             chosen, parameters = function, side_a.in_double()
     tolerance = 1e-9
     if not wrong_function:

@@ -218,7 +218,7 @@ def _around(a: nn.Module, b: nn.Module, ids_BS: Tensor, notes: list[str]) -> Seq
     """Error in fp64 of what stands around each block in b, and after the last decoder layer, on a's
     values: (layers + 1) numbers. None where fp64 does not run, which is noted."""
     try:
-        with InDouble():
+        with InDouble(next(a.parameters()).dtype):
             exact_a = _run(_in_double(a), ids_BS)
             exact_b = _run(_in_double(b), ids_BS, instead=exact_a)
     except NO_TWIN as error:

@@ -50,7 +50,7 @@ class Pass:
 def in_double(side_a: Side, side_b: Side, x_TH: Tensor, seed: int, notes: list[str]) -> Pass | None:
     """Both in fp64; None, and a note, where one of them has no twin there."""
     try:
-        with InDouble():
+        with InDouble(x_TH.dtype):
             a, b = side_a.in_double(), side_b.in_double()
             x_TH = x_TH.double()
             own_a, own_b = observe(a, x_TH, seed=seed), observe(b, x_TH, seed=seed)
@@ -85,7 +85,7 @@ def in_their_dtypes(
     at_a, at_b, local = _forced(eager, side_b, x_TH, own_eager, own_b, seed)
     truth = truth_a = truth_b = None
     try:
-        with InDouble():
+        with InDouble(x_TH.dtype):
             exact, x64 = side_a.in_double(), x_TH.double()
             own = observe(exact, x64, seed=seed)
             truth = own

@@ -170,7 +170,7 @@ def expected(report: Report) -> Tensor:
     upstream = {name: evidence.a.grads[name] for name in given if name in evidence.a.grads}
     side = side_of(question.a, question.x, question.ctx, question.routing)
     try:
-        with InDouble():
+        with InDouble(question.x.dtype):
             truth = observe(
                 side.in_double(),
                 evidence.x_TH.double(),

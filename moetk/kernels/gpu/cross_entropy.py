@@ -1,0 +1,82 @@
+"""Logits to their gradient in place, and the losses, in one kernel.
+
+Twin: `moetk.kernels.cross_entropy.plain_cross_entropy_`.
+
+Letters: C rows, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+@triton.jit
+def _cross_entropy(
+    logits_ptr,
+    labels_ptr,
+    items_ptr,
+    losses_ptr,
+    V,
+    ignore_index,
+    GRADIENT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    label = tl.load(labels_ptr + row)
+    logits_ptr += row * V
+    lanes = tl.arange(0, BLOCK)
+    if label == ignore_index:
+        tl.store(losses_ptr + row, 0.0)
+        if GRADIENT:
+            for first in range(0, V, BLOCK):
+                c = first + lanes
+                tl.store(logits_ptr + c, tl.zeros((BLOCK,), tl.float32), mask=c < V)
+    else:
+        highest = -float("inf")
+        total = 0.0
+        for first in range(0, V, BLOCK):
+            c = first + lanes
+            x = tl.load(logits_ptr + c, mask=c < V, other=-float("inf")).to(tl.float32)
+            higher = tl.maximum(highest, tl.max(x, 0))
+            total = total * tl.exp(highest - higher) + tl.sum(tl.exp(x - higher), 0)
+            highest = higher
+        log_total = highest + tl.log(total)
+        tl.store(losses_ptr + row, log_total - tl.load(logits_ptr + label).to(tl.float32))
+        if GRADIENT:
+            # The label's own logit was read above; from here on the row is overwritten.
+            tl.debug_barrier()
+            share = 1.0 / tl.load(items_ptr).to(tl.float32)
+            for first in range(0, V, BLOCK):
+                c = first + lanes
+                x = tl.load(logits_ptr + c, mask=c < V, other=-float("inf")).to(tl.float32)
+                p = tl.exp(x - log_total)
+                dx = tl.where(c == label, p - 1.0, p) * share
+                tl.store(logits_ptr + c, dx.to(logits_ptr.dtype.element_ty), mask=c < V)
+
+
+def cross_entropy_(
+    logits_CV: Tensor, labels_C: Tensor, items: Tensor, ignore_index: int, want_gradient: bool
+) -> Tensor:
+    """fp32 losses (C,); the contiguous logits become the gradient of their sum over `items`.
+
+    The softmax is taken in fp32, online (arXiv 1805.02867); each row is read twice and written
+    once. Nothing is summed across rows, so the result does not depend on scheduling.
+    """
+    C, V = logits_CV.shape
+    losses_C = torch.empty(C, dtype=torch.float32, device=logits_CV.device)
+    block = min(8192, triton.next_power_of_2(V))
+    _cross_entropy[(C,)](
+        logits_CV,
+        labels_C,
+        items,
+        losses_C,
+        V,
+        ignore_index,
+        GRADIENT=want_gradient,
+        BLOCK=block,
+        num_warps=max(1, min(16, block // 512)),
+    )
+    return losses_C

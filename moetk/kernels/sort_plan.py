@@ -37,8 +37,20 @@ def sort_plan(experts_TK: Tensor, kept_TK: Tensor | None, num_experts: int) -> S
     """Sort the choices by expert: stable, without atomics, without a wait for the device.
 
     experts_TK: int64; ids outside [0, num_experts) count as unused, and so does what kept_TK (bool,
-    None = all) drops.
+    None = all) drops. On CUDA one op, `moetk::sort_plan`, up to 4096 experts.
     """
+    if experts_TK.device.type == "cuda" and num_experts <= _MOST_ON_GPU:
+        return SortPlan(*_sort_plan(experts_TK, kept_TK, num_experts))
+    choice_N, source_N, slot_TK, offsets_E = sort_in_torch(experts_TK, kept_TK, num_experts)
+    on_cpu = experts_TK.device.type == "cpu" and not torch.compiler.is_compiling()
+    full = on_cpu and int(offsets_E[-1]) == choice_N.numel()
+    return SortPlan(choice_N, source_N, slot_TK, offsets_E, full)
+
+
+def sort_in_torch(
+    experts_TK: Tensor, kept_TK: Tensor | None, num_experts: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What `moetk::sort_plan` computes: the first four fields of the plan."""
     num_choices = experts_TK.shape[1]
     # Without its sign bit a negative id is larger than any expert: one key for all unused.
     keys_N = experts_TK.flatten().bitwise_and(2**63 - 1).clamp(max=num_experts)
@@ -52,7 +64,36 @@ def sort_plan(experts_TK: Tensor, kept_TK: Tensor | None, num_experts: int) -> S
     choice_N = order_N.to(torch.int32)
     rows_N = torch.arange(keys_N.numel(), device=keys_N.device, dtype=torch.int32)
     slot_N = torch.empty_like(rows_N).scatter_(0, order_N, rows_N)
-    source_N = choice_N if num_choices == 1 else choice_N // max(num_choices, 1)
-    on_cpu = keys_N.device.type == "cpu" and not torch.compiler.is_compiling()
-    full = on_cpu and int(offsets_E[-1]) == keys_N.numel()
-    return SortPlan(choice_N, source_N, slot_N.view(experts_TK.shape), offsets_E, full)
+    source_N = choice_N // max(num_choices, 1)
+    return choice_N, source_N, slot_N.view(experts_TK.shape), offsets_E
+
+
+_MOST_ON_GPU = 4096  # the kernels keep one number an expert in registers
+
+_sort_plan = torch.library.custom_op(
+    "moetk::sort_plan",
+    sort_in_torch,
+    mutates_args=(),
+    schema="(Tensor experts_TK, Tensor? kept_TK, int num_experts) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+)
+
+
+@_sort_plan.register_kernel("cuda")
+def _(
+    experts_TK: Tensor, kept_TK: Tensor | None, num_experts: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    from moetk.kernels.gpu.plan import sort_on_gpu
+
+    with torch.cuda.device_of(experts_TK):
+        return sort_on_gpu(experts_TK, kept_TK, num_experts)
+
+
+@_sort_plan.register_fake
+def _(
+    experts_TK: Tensor, kept_TK: Tensor | None, num_experts: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    rows_N = experts_TK.new_empty(experts_TK.numel(), dtype=torch.int32)
+    slot_TK = experts_TK.new_empty(experts_TK.shape, dtype=torch.int32)
+    offsets_E = experts_TK.new_empty(num_experts, dtype=torch.int32)
+    return rows_N, torch.empty_like(rows_N), slot_TK, offsets_E

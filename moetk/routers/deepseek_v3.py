@@ -5,6 +5,7 @@ from torch import Tensor
 
 from moetk.context import RouterContext
 from moetk.errors import RouterConfigError
+from moetk.kernels.recipe import Recipe
 from moetk.kernels.selection import (
     Tie,
     gather,
@@ -81,6 +82,18 @@ class DeepSeekV3Router(LinearRouter):
         weights_TK = in_order(weights_TK * self.scale, order_TK)
         return TokenChoice(
             experts_TK, weights_TK, self.num_experts, logits_TE, scores_TE, choice_TE
+        )
+
+    def recipe(self) -> Recipe:
+        """What forward does after the logits; see `moetk.routers.fused`."""
+        return Recipe(
+            "sigmoid",
+            groups=self.groups,
+            top_groups=self.top_groups,
+            renormalise=self.renormalise,
+            eps=self.eps,
+            scale=self.scale,
+            score_dtype=self.score_dtype,
         )
 
 

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moetk.context import RouterContext
+from moetk.kernels.recipe import Recipe
 from moetk.kernels.selection import Tie, gather, in_order, normalise, top_k_as_summed
 from moetk.routers.hash_table import random_table
 from moetk.routers.linear import LinearRouter
@@ -58,6 +59,16 @@ class DeepSeekV4Router(LinearRouter):
         experts_TK, weights_TK = in_order(picked_TK, order_TK), in_order(weights_TK, order_TK)
         return TokenChoice(
             experts_TK, weights_TK, self.num_experts, logits_TE, scores_TE, choice_TE
+        )
+
+    def recipe(self) -> Recipe:
+        """What forward does after the logits; see `moetk.routers.fused`."""
+        return Recipe(
+            "sqrt_softplus",
+            renormalise=True,
+            eps=self.eps,
+            scale=self.scale,
+            score_dtype=self.score_dtype,
         )
 
 

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from moetk.context import RouterContext
+from moetk.kernels.recipe import Recipe
 from moetk.kernels.selection import Tie, softmax_over, top_k
 from moetk.routers.linear import LinearRouter
 from moetk.routing import TokenChoice
@@ -44,3 +45,7 @@ class GptOssRouter(LinearRouter):
         experts_TK = top_k(logits_TE, self.top_k, ctx, self.tie)
         weights_TK = softmax_over(logits_TE, experts_TK)
         return TokenChoice(experts_TK, weights_TK, self.num_experts, logits_TE)
+
+    def recipe(self) -> Recipe:
+        """What forward does after the logits; see `moetk.routers.fused`."""
+        return Recipe("identity", over_chosen=True, score_dtype=self.score_dtype)

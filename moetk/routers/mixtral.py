@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from moetk.context import RouterContext
+from moetk.kernels.recipe import Recipe
 from moetk.kernels.selection import Tie, gather, normalise, top_k
 from moetk.routers.linear import LinearRouter
 from moetk.routing import TokenChoice
@@ -53,3 +54,7 @@ class MixtralRouter(LinearRouter):
         return TokenChoice(
             experts_TK, weights_TK, self.num_experts, logits_TE, scores_TE, choice_TE
         )
+
+    def recipe(self) -> Recipe:
+        """What forward does after the logits; see `moetk.routers.fused`."""
+        return Recipe("softmax", renormalise=self.renormalise, score_dtype=self.score_dtype)

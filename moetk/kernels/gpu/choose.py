@@ -1,0 +1,366 @@
+"""`moetk::choose` on CUDA: one kernel each way. What they compute is stated in torch by
+`choose_in_torch` and `choose_backward_in_torch` in `moetk.kernels.choose`.
+
+Letters: R rows (tokens) of one program, E experts, K choices, G groups, M experts of one group;
+C = the G * M columns of a row, each of G and M padded to a power of two.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from moetk.errors import MoeDtypeError, RouterConfigError
+from moetk.kernels.choose import MAX_EXPERTS, MAX_TOP_K
+from moetk.kernels.recipe import Recipe
+
+_TL: dict[torch.dtype, Any] = {
+    torch.float32: tl.float32,
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+}
+_NUM_WARPS = 4
+_TILE = 1024  # elements of one program: eight a thread
+_NONE = tl.constexpr(-(2**31))  # below the key of every number: padding, and what was taken
+
+
+@triton.jit
+def _key(x):
+    """fp32 to int32 in the same order: NaN above all numbers, equal NaNs, equal zeros."""
+    bits = tl.where(x == 0, 0.0, x).to(tl.int32, bitcast=True)
+    return tl.where(x != x, 0x7FFFFFFF, bits ^ ((bits >> 31) & 0x7FFFFFFF))
+
+
+@triton.jit
+def _value(key):
+    """The fp32 number of a key."""
+    return (key ^ ((key >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _rounded(x, DTYPE: tl.constexpr):
+    return x.to(DTYPE).to(tl.float32)
+
+
+@triton.jit
+def _log1p(y):
+    """log(1 + y) for y >= 0, also where 1 + y loses y (W. Kahan's quotient)."""
+    u = 1.0 + y
+    return tl.where(u == 1.0, y, tl.div_rn(tl.log(u) * y, tl.where(u == 1.0, 1.0, u - 1.0)))
+
+
+@triton.jit
+def _scores(logits, largest, total, SCORE: tl.constexpr, DTYPE: tl.constexpr):
+    """largest, total: of the row's softmax; unused by the other scores."""
+    if SCORE == "softmax":
+        scores = tl.div_rn(tl.exp(logits - largest), total)
+    elif SCORE == "sigmoid":
+        grown = 1.0 + tl.exp(-logits)
+        scores = tl.div_rn(tl.full(grown.shape, 1.0, tl.float32), grown)
+    elif SCORE == "sqrt_softplus":
+        # The linear branch starts at 20, as in torch.
+        plus = tl.where(logits > 20.0, logits, _log1p(tl.exp(tl.minimum(logits, 20.0))))
+        plus = tl.where(logits != logits, logits, plus)
+        scores = tl.sqrt_rn(_rounded(plus, DTYPE))
+    else:
+        scores = logits
+    return _rounded(scores, DTYPE)
+
+
+@triton.jit
+def _softmax_of_row(logits_RC):
+    """The largest logit of each row, and the sum of exp(logit - largest), both (R, 1)."""
+    largest_R1 = tl.max(logits_RC, 1)[:, None]
+    return largest_R1, tl.sum(tl.exp(logits_RC - largest_R1), 1)[:, None]
+
+
+@triton.jit
+def _pop_largest(keys_RC, column_C):
+    """The largest key of each row, the lowest column that holds it, and the keys without it."""
+    largest_R = tl.max(keys_RC, 1)
+    equal_RC = keys_RC == largest_R[:, None]
+    column_R = tl.min(tl.where(equal_RC, column_C[None, :], 0x7FFFFFFF), 1)
+    return largest_R, column_R, tl.where(column_C[None, :] == column_R[:, None], _NONE, keys_RC)
+
+
+@triton.jit
+def _in_best_groups(
+    keys_RC,
+    R: tl.constexpr,
+    GROUPS: tl.constexpr,
+    TOP_GROUPS: tl.constexpr,
+    G: tl.constexpr,
+    M: tl.constexpr,
+    CHOICE: tl.constexpr,
+):
+    """Keys outside each row's best groups become that of -inf; padding stays padding."""
+    group_G = tl.arange(0, G)
+    in_group_M = tl.arange(0, M)
+    first_X, _, rest_XM = _pop_largest(tl.reshape(keys_RC, (R * G, M)), in_group_M)
+    worth_X = _rounded(_value(first_X) + _value(tl.max(rest_XM, 1)), CHOICE)
+    worth_RG = tl.reshape(_key(worth_X), (R, G))
+    worth_RG = tl.where(group_G[None, :] < GROUPS, worth_RG, _NONE)
+    best_RG = tl.zeros((R, G), tl.int32)
+    for _ in tl.static_range(TOP_GROUPS):
+        _, group_R, worth_RG = _pop_largest(worth_RG, group_G)
+        best_RG = tl.where(group_G[None, :] == group_R[:, None], 1, best_RG)
+    outside_RGM = tl.broadcast_to(best_RG[:, :, None] == 0, (R, G, M))
+    outside_RC = tl.reshape(outside_RGM, (R, G * M)) & (keys_RC != _NONE)
+    return tl.where(outside_RC, _key(tl.full((R, G * M), float("-inf"), tl.float32)), keys_RC)
+
+
+@triton.jit
+def _choose_kernel(
+    logits_TE,
+    bias_E,
+    experts_TK,
+    weights_TK,
+    num_tokens,
+    eps,
+    scale,
+    E: tl.constexpr,
+    TOP_K: tl.constexpr,
+    SCORE: tl.constexpr,
+    OVER_CHOSEN: tl.constexpr,
+    GROUPS: tl.constexpr,
+    TOP_GROUPS: tl.constexpr,
+    RENORMALISE: tl.constexpr,
+    DTYPE: tl.constexpr,
+    CHOICE: tl.constexpr,
+    R: tl.constexpr,
+    G: tl.constexpr,
+    M: tl.constexpr,
+    K: tl.constexpr,
+):
+    row_R = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
+    inside_R1 = (row_R < num_tokens)[:, None]
+    column_C = tl.arange(0, G * M)
+    size: tl.constexpr = E // GROUPS
+    expert_C = column_C // M * size + column_C % M
+    real_C = (column_C // M < GROUPS) & (column_C % M < size)
+
+    logits_RC = tl.load(
+        logits_TE + row_R[:, None] * E + expert_C[None, :],
+        mask=inside_R1 & real_C[None, :],
+        other=float("-inf"),
+    ).to(tl.float32)
+    logits_RC = _rounded(logits_RC, DTYPE)
+    if SCORE == "softmax":
+        largest_R1, total_R1 = _softmax_of_row(logits_RC)
+    else:
+        largest_R1, total_R1 = 0.0, 1.0
+    choice_RC = _scores(logits_RC, largest_R1, total_R1, SCORE, DTYPE)
+    if bias_E is not None:
+        bias_C = tl.load(bias_E + expert_C, mask=real_C, other=0.0).to(tl.float32)
+        choice_RC = _rounded(choice_RC + bias_C[None, :], CHOICE)
+    keys_RC = tl.where(real_C[None, :], _key(choice_RC), _NONE)
+    if TOP_GROUPS < GROUPS:
+        keys_RC = _in_best_groups(keys_RC, R, GROUPS, TOP_GROUPS, G, M, CHOICE)
+
+    choice_K = tl.arange(0, K)
+    columns_RK = tl.zeros((R, K), tl.int32)
+    for k in tl.static_range(TOP_K):
+        _, column_R, keys_RC = _pop_largest(keys_RC, column_C)
+        columns_RK = tl.where(choice_K[None, :] == k, column_R[:, None], columns_RK)
+    experts_RK = columns_RK // M * size + columns_RK % M
+
+    # The chosen logits are read again, out of the cache: cheaper than K sums over the row.
+    stored_RK = inside_R1 & (choice_K < TOP_K)[None, :]
+    chosen_RK = tl.load(
+        logits_TE + row_R[:, None] * E + experts_RK, mask=stored_RK, other=float("-inf")
+    ).to(tl.float32)
+    weights_RK = _scores(_rounded(chosen_RK, DTYPE), largest_R1, total_R1, SCORE, DTYPE)
+    if OVER_CHOSEN:
+        weights_RK = tl.where(stored_RK, weights_RK, float("-inf"))
+        largest_R1, total_R1 = _softmax_of_row(weights_RK)
+        weights_RK = _scores(weights_RK, largest_R1, total_R1, "softmax", DTYPE)
+    if RENORMALISE:
+        sum_R1 = tl.sum(tl.where(stored_RK, weights_RK, 0.0), 1)[:, None]
+        sum_R1 = _rounded(_rounded(sum_R1, DTYPE) + eps, DTYPE)
+        weights_RK = _rounded(tl.div_rn(weights_RK, tl.where(sum_R1 == 0, 1.0, sum_R1)), DTYPE)
+    weights_RK = _rounded(weights_RK * scale, DTYPE)
+
+    place_RK = row_R[:, None] * TOP_K + choice_K[None, :]
+    tl.store(experts_TK + place_RK, experts_RK.to(tl.int64), mask=stored_RK)
+    tl.store(weights_TK + place_RK, weights_RK, mask=stored_RK)
+
+
+@triton.jit
+def _choose_backward_kernel(
+    dweights_TK,
+    logits_TE,
+    experts_TK,
+    dlogits_TE,
+    num_tokens,
+    eps,
+    scale,
+    E: tl.constexpr,
+    TOP_K: tl.constexpr,
+    SCORE: tl.constexpr,
+    OVER_CHOSEN: tl.constexpr,
+    RENORMALISE: tl.constexpr,
+    DTYPE: tl.constexpr,
+    R: tl.constexpr,
+    C: tl.constexpr,
+    K: tl.constexpr,
+):
+    row_R = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
+    inside_R1 = (row_R < num_tokens)[:, None]
+    choice_K = tl.arange(0, K)
+    stored_RK = inside_R1 & (choice_K < TOP_K)[None, :]
+    place_RK = row_R[:, None] * TOP_K + choice_K[None, :]
+    column_C = tl.arange(0, C)
+    stored_RC = inside_R1 & (column_C < E)[None, :]
+    at_RC = row_R[:, None] * E + column_C[None, :]
+
+    experts_RK = tl.load(experts_TK + place_RK, mask=stored_RK, other=0).to(tl.int32)
+    dweights_RK = tl.load(dweights_TK + place_RK, mask=stored_RK, other=0.0).to(tl.float32) * scale
+    chosen_RK = tl.load(logits_TE + row_R[:, None] * E + experts_RK, mask=stored_RK, other=0.0)
+    chosen_RK = _rounded(chosen_RK.to(tl.float32), DTYPE)
+
+    if SCORE == "softmax":
+        logits_RC = tl.load(logits_TE + at_RC, mask=stored_RC, other=float("-inf"))
+        logits_RC = _rounded(logits_RC.to(tl.float32), DTYPE)
+        largest_R1, total_R1 = _softmax_of_row(logits_RC)
+    else:
+        largest_R1, total_R1 = 0.0, 1.0
+    scores_RK = _scores(chosen_RK, largest_R1, total_R1, SCORE, tl.float32)
+    weights_RK = scores_RK
+    if OVER_CHOSEN:
+        weights_RK = tl.where(stored_RK, scores_RK, float("-inf"))
+        largest_of_K, total_of_K = _softmax_of_row(weights_RK)
+        weights_RK = _scores(weights_RK, largest_of_K, total_of_K, "softmax", tl.float32)
+    weights_RK = tl.where(stored_RK, weights_RK, 0.0)
+
+    if RENORMALISE:
+        sum_R1 = tl.sum(weights_RK, 1)[:, None] + eps
+        sum_R1 = tl.where(sum_R1 == 0, 1.0, sum_R1)
+        mean_R1 = tl.div_rn(tl.sum(dweights_RK * weights_RK, 1)[:, None], sum_R1)
+        dweights_RK = tl.div_rn(dweights_RK - mean_R1, sum_R1)
+    if OVER_CHOSEN:
+        mean_R1 = tl.sum(dweights_RK * weights_RK, 1)[:, None]
+        dweights_RK = weights_RK * (dweights_RK - mean_R1)
+    if SCORE == "sigmoid":
+        dweights_RK = dweights_RK * scores_RK * (1.0 - scores_RK)
+    elif SCORE == "sqrt_softplus":
+        slope_RK = _scores(chosen_RK, largest_R1, total_R1, "sigmoid", tl.float32)
+        slope_RK = tl.div_rn(slope_RK, tl.where(scores_RK == 0, 1.0, 2.0 * scores_RK))
+        dweights_RK = dweights_RK * tl.where(scores_RK == 0, 0.0, slope_RK)
+
+    dlogits_RC = tl.zeros((R, C), tl.float32)
+    for k in tl.static_range(TOP_K):
+        expert_R = tl.sum(tl.where(choice_K[None, :] == k, experts_RK, 0), 1)
+        d_R = tl.sum(tl.where(choice_K[None, :] == k, dweights_RK, 0.0), 1)
+        dlogits_RC = tl.where(column_C[None, :] == expert_R[:, None], d_R[:, None], dlogits_RC)
+    if SCORE == "softmax":
+        mean_R1 = tl.sum(tl.where(stored_RK, dweights_RK * scores_RK, 0.0), 1)[:, None]
+        scores_RC = _scores(logits_RC, largest_R1, total_R1, SCORE, tl.float32)
+        dlogits_RC = scores_RC * (dlogits_RC - mean_R1)
+    tl.store(dlogits_TE + at_RC, dlogits_RC, mask=stored_RC)
+
+
+def choose_on_gpu(
+    logits_TE: Tensor,
+    bias_E: Tensor | None,
+    top_k: int,
+    recipe: Recipe,
+    weight_dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor]:
+    """`choose_in_torch` in one launch, the weights rounded to weight_dtype as well.
+
+    Raises RouterConfigError past MAX_EXPERTS or MAX_TOP_K, MoeDtypeError on a dtype wider than
+    float32.
+    """
+    num_tokens, num_experts = logits_TE.shape
+    score_dtype = _check(logits_TE, top_k, recipe)
+    experts_TK = logits_TE.new_empty((num_tokens, top_k), dtype=torch.int64)
+    weights_TK = logits_TE.new_empty((num_tokens, top_k), dtype=weight_dtype or score_dtype)
+    if num_tokens == 0:
+        return experts_TK, weights_TK
+    groups = recipe.groups if recipe.limited else 1
+    group_columns = triton.next_power_of_2(groups)
+    member_columns = triton.next_power_of_2(num_experts // groups)
+    rows = max(1, _TILE // (group_columns * member_columns))
+    choice_dtype = score_dtype
+    if bias_E is not None:
+        choice_dtype = torch.promote_types(score_dtype, bias_E.dtype)
+        bias_E = bias_E.contiguous()
+    _choose_kernel[(triton.cdiv(num_tokens, rows),)](
+        logits_TE.contiguous(),
+        bias_E,
+        experts_TK,
+        weights_TK,
+        num_tokens,
+        recipe.eps,
+        recipe.scale,
+        E=num_experts,
+        TOP_K=top_k,
+        SCORE=recipe.score,
+        OVER_CHOSEN=recipe.over_chosen,
+        GROUPS=groups,
+        TOP_GROUPS=recipe.top_groups if recipe.limited else 1,
+        RENORMALISE=recipe.renormalise,
+        DTYPE=_TL[score_dtype],
+        CHOICE=_TL[choice_dtype],
+        R=rows,
+        G=group_columns,
+        M=member_columns,
+        K=triton.next_power_of_2(top_k),
+        num_warps=_NUM_WARPS,
+    )
+    return experts_TK, weights_TK
+
+
+def choose_backward_on_gpu(
+    dweights_TK: Tensor, logits_TE: Tensor, experts_TK: Tensor, recipe: Recipe
+) -> Tensor:
+    """`choose_backward_in_torch` in one launch. Raises as `choose_on_gpu`."""
+    (num_tokens, num_experts), top_k = logits_TE.shape, experts_TK.shape[1]
+    score_dtype = _check(logits_TE, top_k, recipe)
+    dlogits_TE = torch.empty_like(logits_TE, memory_format=torch.contiguous_format)
+    if num_tokens == 0:
+        return dlogits_TE
+    columns = triton.next_power_of_2(num_experts)
+    rows = max(1, _TILE // columns)
+    _choose_backward_kernel[(triton.cdiv(num_tokens, rows),)](
+        dweights_TK.contiguous(),
+        logits_TE.contiguous(),
+        experts_TK.contiguous(),
+        dlogits_TE,
+        num_tokens,
+        recipe.eps,
+        recipe.scale,
+        E=num_experts,
+        TOP_K=top_k,
+        SCORE=recipe.score,
+        OVER_CHOSEN=recipe.over_chosen,
+        RENORMALISE=recipe.renormalise,
+        DTYPE=_TL[score_dtype],
+        R=rows,
+        C=columns,
+        K=triton.next_power_of_2(top_k),
+        num_warps=_NUM_WARPS,
+    )
+    return dlogits_TE
+
+
+def _check(logits_TE: Tensor, top_k: int, recipe: Recipe) -> torch.dtype:
+    """The score dtype; raises where the kernels cannot run."""
+    num_experts = logits_TE.shape[1]
+    if num_experts > MAX_EXPERTS or top_k > MAX_TOP_K:
+        raise RouterConfigError(
+            f"moetk::choose: {num_experts} experts and top_k={top_k}; its kernels take up to "
+            f"{MAX_EXPERTS} and {MAX_TOP_K}. Call the router's own forward."
+        )
+    score_dtype = recipe.score_dtype or logits_TE.dtype
+    for name, dtype in (("logits_TE", logits_TE.dtype), ("score_dtype", score_dtype)):
+        if dtype not in _TL:
+            raise MoeDtypeError(
+                f"moetk::choose: {name} is {dtype}; its kernels take float32, bfloat16 and "
+                "float16. Call the router's own forward."
+            )
+    return score_dtype

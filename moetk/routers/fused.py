@@ -1,0 +1,85 @@
+"""A catalogue router as a few launches: its logits, then the op that runs its recipe.
+
+A router that can be run so has a method `recipe()`, which says what its forward does after the
+logits. It says so for that forward alone: a subclass with another forward is not run fused.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moetk.context import RouterContext
+from moetk.kernels.choose import MAX_EXPERTS, MAX_TOP_K, choose
+from moetk.kernels.recipe import Recipe
+from moetk.kernels.router_logits import router_logits
+from moetk.routers.linear import LinearRouter
+from moetk.routing import TokenChoice
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def choose_fused(
+    router: LinearRouter,
+    x_TH: Tensor,
+    ctx: RouterContext,
+    weight_dtype: torch.dtype | None = None,
+) -> TokenChoice:
+    """The router's forward in two ops, for a router and context of which `why_not_fused` says None.
+
+    The routing carries logits_TE; scores_TE and choice_TE exist only inside the op and are None.
+    weight_dtype: what weights_TK are rounded to; None = as the router computes them.
+
+    Ties go to the lower id and weights are added up in descending choice, also where the router
+    says tie="stock": the pick and the order of torch.topk follow from how it is written. Module
+    hooks are not run; call it inside the router's `__call__`, or for a router without hooks.
+    """
+    recipe: Recipe = router.recipe()  # type: ignore[operator]
+    bias_E = getattr(router, "bias", None)
+    logits_TE = router_logits(x_TH, router.weight, bias_E, router.gemm_dtype)
+    choice_bias_E = getattr(router, "e_score_correction_bias", None)
+    experts_TK, weights_TK = choose(logits_TE, choice_bias_E, router.top_k, recipe, weight_dtype)
+    return TokenChoice(experts_TK, weights_TK, router.num_experts, logits_TE)
+
+
+def why_not_fused(router: LinearRouter, ctx: RouterContext) -> str | None:
+    """Why `choose_fused` cannot stand for this router in this call; None where it can."""
+    who = type(router).__name__
+    if not _has_recipe(type(router)):
+        return f"{who} has no recipe of its forward"
+    if ctx.replay is not None:
+        return "a choice is replayed"
+    if router.weight.device.type != "cuda":
+        return f"device {router.weight.device.type}, needs cuda"
+    if router.num_experts > MAX_EXPERTS or router.top_k > MAX_TOP_K:
+        return (
+            f"num_experts={router.num_experts}, top_k={router.top_k}; "
+            f"needs at most {MAX_EXPERTS} and {MAX_TOP_K}"
+        )
+    for name in ("gemm_dtype", "score_dtype"):
+        dtype = getattr(router, name)
+        if dtype is not None and dtype not in _DTYPES:
+            return f"{name} {dtype}, needs float32, bfloat16 or float16"
+    if router.weight.dtype not in _DTYPES:
+        return f"weight {router.weight.dtype}, needs float32, bfloat16 or float16"
+    if torch.is_autocast_enabled("cuda"):
+        return "autocast changes the dtypes that the router declares"
+    return None
+
+
+def _has_recipe(cls: type) -> bool:
+    """Its recipe is written beside its forward, and it changes none of the steps between."""
+
+    def owner(name: str) -> Any:
+        # transformers' gates run a catalogue forward under a shell of their own: look past it.
+        mro = (c for c in cls.__mro__ if issubclass(c, LinearRouter))
+        return next((c for c in mro if name in vars(c)), None)
+
+    steps = ("logits", "in_score_dtype", "with_choice_bias")
+    return (
+        owner("recipe") is not None
+        and owner("recipe") is owner("forward")
+        and all(owner(step) is LinearRouter for step in steps)
+    )

@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import CheckpointError
 
 from moetk.equivalence.double import InDouble
 from moetk.equivalence.judge import FACTOR, Choices, compare_choices, largest_error
@@ -55,8 +54,6 @@ def in_double(side_a: Side, side_b: Side, x_TH: Tensor, seed: int, notes: list[s
             x_TH = x_TH.double()
             own_a, own_b = observe(a, x_TH, seed=seed), observe(b, x_TH, seed=seed)
             at_a, at_b, local = _forced(a, b, x_TH, own_a, own_b, seed)
-    except CheckpointError:
-        raise
     except NO_TWIN as error:
         notes.append(f"not judged as a function in fp64: {first_line(error)}")
         return None
@@ -95,8 +92,6 @@ def in_their_dtypes(
                 truth = observe(exact, x64, given=given, upstream=upstream, seed=seed)
             truth_a = _at(exact, x64, own_eager, own, seed)
             truth_b = _at(exact, x64, own_b, own, seed)
-    except CheckpointError:
-        raise
     except NO_TWIN as error:
         notes.append(f"{side_a.name} is no fp64 truth: {first_line(error)}")
         truth = truth_a = truth_b = None

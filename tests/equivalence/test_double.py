@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
-from moetk import compare
+from moetk import MoELayer, compare
 from moetk.equivalence.double import InDouble, still_in_double
 from moetk.kernels.selection import gather, normalise
 from tests.equivalence.steps import bank, inputs, loop, mixtral, routing
@@ -68,3 +69,19 @@ def test_a_cast_on_the_way_to_the_experts_sum_is_judged_as_rounding(dtype):
     asked = {"routing": routing()}
     report = compare(right.to(dtype), other.to(dtype), inputs().to(dtype), **asked)
     assert report.ok, report.table()
+
+
+class Checkpointed(MoELayer):
+    """A layer that is run again in backward, where no mode is in force."""
+
+    def forward(self, x, ctx=None):
+        return checkpoint(super().forward, x, ctx, use_reentrant=False)
+
+
+@pytest.mark.parametrize("part", ["right", "wrong"])
+def test_a_checkpointed_layer_is_judged_in_its_own_dtype(part):
+    wrong = {"weigh": lambda self, s, ids, c, l: gather(s, ids)} if part == "wrong" else {}
+    report = compare(MoELayer(mixtral(), bank()), Checkpointed(mixtral(**wrong), bank()), inputs())
+    assert "not judged as a function in fp64: CheckpointError" in " ".join(report.notes)
+    assert not any("was not judged" in note for note in report.notes)
+    assert report.cause == ("renormalisation missing" if wrong else ""), report.table()

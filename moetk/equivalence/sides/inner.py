@@ -5,6 +5,7 @@ Letters: T tokens, K choices a token, N rows of one product, W the width of a st
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -14,6 +15,8 @@ from torch import Tensor
 from moetk.equivalence.sides.products import Place, Product, Products
 from moetk.equivalence.sides.rows import Order, choices_of_rows
 from moetk.equivalence.trace import Scattered
+
+ROUNDINGS = 8  # units that a token's sum may be off by; an expert that is missing is more of it
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,8 +68,9 @@ def inner_stages(products: Products, asked: Asked, combined_TH: Tensor) -> Inner
                 return Inner({})
             downs.append((product, before[-1]))
     computed_N = _covered(ups, asked.ids_TK.numel())
-    if computed_N is None or _covered(downs, asked.ids_TK.numel()) is None:
-        return Inner({})
+    down_N = _covered(downs, asked.ids_TK.numel())
+    if computed_N is None or down_N is None or not torch.equal(computed_N, down_N):
+        return Inner({})  # of some expert only one product was overheard, or a row twice
 
     stages: dict[str, Tensor | Scattered] = {
         "up": _scattered(
@@ -78,13 +82,18 @@ def inner_stages(products: Products, asked: Asked, combined_TH: Tensor) -> Inner
         ),
     }  # fmt: skip
     outputs = [_output(p, n, bank.down_bias is not None) for p, n in downs]
-    if not bank.scaled and None not in outputs:
-        output = _scattered([piece for piece in outputs if piece], asked, bank.hidden_size)
+    pieces = [piece for piece in outputs if piece is not None]
+    output = _scattered(pieces, asked, bank.hidden_size)
+    computed_TK = computed_N.view(asked.ids_TK.shape)
+    some_left_out = bool(((asked.ids_TK >= 0) & ~computed_TK).any())
+    if some_left_out and not (len(pieces) == len(downs) and _all_of(output, asked, combined_TH)):
+        return Inner({})  # computed where nobody could hear it, for all that is known
+    if not bank.scaled and len(pieces) == len(downs):
         if _weighs_after(output, asked, combined_TH):
             stages["expert_output"] = output
         else:
             del stages["activation"]
-    return Inner(stages, computed_N.view(asked.ids_TK.shape))
+    return Inner(stages, computed_TK)
 
 
 def _alike(up: Product, down: Product) -> bool:
@@ -190,12 +199,25 @@ def _scattered(
 
 def _weighs_after(output: Scattered, asked: Asked, combined_TH: Tensor) -> bool:
     """The outputs times their weights, and not the outputs alone, are what was combined."""
+    before, after = _left_over(output, asked, combined_TH)
+    return not before < after
+
+
+def _all_of(output: Scattered, asked: Asked, combined_TH: Tensor) -> bool:
+    """Nothing but these outputs was combined: what is left over is rounding."""
+    allowed = ROUNDINGS * torch.finfo(combined_TH.dtype).eps * combined_TH.detach().double().norm()
+    return min(_left_over(output, asked, combined_TH)) <= float(allowed)
+
+
+def _left_over(output: Scattered, asked: Asked, combined_TH: Tensor) -> tuple[float, float]:
+    """|sum of the outputs - combined| and |sum of the outputs times their weights - combined|;
+    inf where the shapes differ."""
     output_TKH = output.place(output.values or output.pieces).detach().double()
     num_tokens, _, width = output_TKH.shape
     if combined_TH.numel() != num_tokens * width:
-        return True
+        return math.inf, math.inf
     combined = combined_TH.detach().double().reshape(num_tokens, width)
     weights_TK1 = asked.weights_TK.detach().double()[..., None]
-    after = (output_TKH * weights_TK1).sum(1) - combined
     before = output_TKH.sum(1) - combined
-    return not bool(before.norm() < after.norm())
+    after = (output_TKH * weights_TK1).sum(1) - combined
+    return float(before.norm()), float(after.norm())

@@ -43,7 +43,7 @@ def side_of(
         return LayerSide(part, ctx)
     if is_block(part):
         return ReplacedSide(part, ctx) if SITE in vars(gate_of(part)) else StockSide(part, ctx)
-    if isinstance(part, nn.Module) and bank_view(part) is not None:
+    if isinstance(part, nn.Module) and _is_bank(part, routing):
         return BankSide(part, ctx, routing)
     if isinstance(part, Trace):
         return TraceSide(part, x.device)
@@ -54,3 +54,10 @@ def side_of(
         "block of a Transformers v5 model, a router, a bank, a stored trace, or a function x_TH -> "
         "{stage: array}."
     )
+
+
+def _is_bank(part: nn.Module, routing: Routing | None) -> bool:
+    """It has a bank's stacks; or it is asked to compute a routing, be it around a bank."""
+    if bank_view(part) is not None:
+        return True
+    return routing is not None and not returns_stages(part)

@@ -7,7 +7,6 @@ from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any, Self
 
-import torch
 from torch import Tensor, nn
 
 from moetk.context import RouterContext
@@ -18,7 +17,13 @@ from moetk.equivalence.sides.counters import committed, step
 from moetk.equivalence.sides.facts import bank_facts, dispatch_facts, router_facts
 from moetk.equivalence.sides.inner import Asked, inner_stages
 from moetk.equivalence.sides.products import Products
-from moetk.equivalence.sides.routed import Given, computed_choices, loss_stage, routing_stages
+from moetk.equivalence.sides.routed import (
+    Given,
+    computed_choices,
+    loss_stage,
+    output_stage,
+    routing_stages,
+)
 from moetk.equivalence.sides.untouched import copied, untouched
 from moetk.equivalence.sides.watched import WatchedDispatcher, WatchedRouter, stand_in
 from moetk.equivalence.trace import Leaf
@@ -69,8 +74,7 @@ class LayerSide(ModuleSide):
                 y_TH, _ = twin(x_TH, ctx)
             stages = layer_stages(router.routing, dispatcher, products, ctx)
             stages |= loss_stage(self.module.attachment.losses, router.routing, ctx)
-        if not torch.equal(y_TH, dispatcher.combined):
-            stages["output"] = y_TH
+        stages |= output_stage(y_TH, dispatcher.combined)
         routing = with_drops(router.routing, dispatcher.local)
         if isinstance(routing, TokenChoice):
             stages["counts"] = self._counted(routing, ctx, x_TH)

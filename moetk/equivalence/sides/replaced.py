@@ -26,7 +26,7 @@ from moetk.equivalence.sides.counters import committed, step
 from moetk.equivalence.sides.facts import bank_facts, dispatch_facts, router_facts
 from moetk.equivalence.sides.layer import layer_stages
 from moetk.equivalence.sides.products import Products
-from moetk.equivalence.sides.routed import Given, loss_stage, with_weights
+from moetk.equivalence.sides.routed import Given, loss_stage, output_stage, with_weights
 from moetk.equivalence.sides.untouched import copied, untouched
 from moetk.equivalence.sides.watched import WatchedDispatcher
 from moetk.equivalence.trace import Leaf
@@ -73,8 +73,7 @@ class ReplacedSide(BlockSide):
                 y_TH = _visit(self.module, x_TH, ctx, self.name)
             stages = layer_stages(routings[0], dispatcher, products, ctx)
             stages |= loss_stage(site.attachment.losses, routings[0], ctx)
-        if not torch.equal(y_TH, dispatcher.combined):
-            stages["output"] = y_TH
+        stages |= output_stage(y_TH, dispatcher.combined)
         routing = with_drops(routings[0], dispatcher.local)
         if isinstance(routing, TokenChoice):
             stages["counts"] = self._counted(routing, ctx, x_TH)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from moetk.context import RouterContext
+from moetk.equivalence.trace import cotangent
 from moetk.errors import EquivalenceError, MoetkError
 from moetk.kernels.counting import count_choices, mask_of
 from moetk.routing import Routing, TokenChoice
@@ -105,3 +106,22 @@ def loss_stage(losses: Sequence[Any], routing: Routing, ctx: RouterContext) -> d
     if not losses:
         return {}
     return {"losses": torch.stack([loss(routing, ctx) for loss in losses])}
+
+
+def output_stage(y_TH: Tensor, combined: Tensor) -> dict[str, Tensor]:
+    """What the part returned, unless that is its experts' sum, in value and in gradient.
+
+    combined: y's shape, or (B, S, H)."""
+    if torch.equal(y_TH, combined.reshape(y_TH.shape)) and _passes_gradients(y_TH, combined):
+        return {}
+    return {"output": y_TH}
+
+
+def _passes_gradients(y_TH: Tensor, combined: Tensor) -> bool:
+    if not (y_TH.requires_grad and combined.requires_grad):
+        return y_TH.requires_grad == combined.requires_grad
+    arriving_TH = cotangent(y_TH, seed=0)
+    (found,) = torch.autograd.grad(
+        y_TH, [combined], arriving_TH, allow_unused=True, retain_graph=True
+    )
+    return found is not None and torch.equal(found.reshape(y_TH.shape), arriving_TH)

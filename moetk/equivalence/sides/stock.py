@@ -27,7 +27,7 @@ from moetk.equivalence.sides.choosing import Choosing
 from moetk.equivalence.sides.facts import bank_facts, router_facts
 from moetk.equivalence.sides.inner import Asked, inner_stages
 from moetk.equivalence.sides.products import Products
-from moetk.equivalence.sides.routed import Given, check_given
+from moetk.equivalence.sides.routed import Given, check_given, output_stage
 from moetk.equivalence.sides.untouched import untouched
 from moetk.equivalence.trace import Leaf, Scattered
 from moetk.errors import EquivalenceError
@@ -165,9 +165,7 @@ class StockSide(BlockSide):
         if num_experts is not None:
             routing = TokenChoice(ids_TK, call.weights_TK, num_experts, kept_TK=computed_TK)
             stages["counts"] = self._counts(routing, ctx, forward, x_TH)
-        if not torch.equal(call.output_TH, combined.reshape(x_TH.shape)):
-            stages["output"] = call.output_TH
-        return stages
+        return stages | output_stage(call.output_TH, combined)
 
     def _logits(self, call: _Call) -> Tensor | None:
         """The gate's floating output that is neither the weights nor already a score."""

@@ -167,18 +167,31 @@ def _same_choice(one: Pass) -> bool:
     a, b = one.a.values["choice"], one.b.values["choice"]
     if a.shape != b.shape or one.choices is None or not one.choices.ok:
         return False
-    return _same_order(_as_masked(a, b), _as_masked(b, a))
+    shares = _of_shares(one.a) and _of_shares(one.b)
+    return _same_order(_as_masked(a, b, shares), _as_masked(b, a, shares))
 
 
-def _as_masked(x_TE: Tensor, other_TE: Tensor) -> Tensor:
-    """x with -inf where the other has it and x a number far below all its others."""
+def _of_shares(trace: Trace) -> bool:
+    """What was chosen from are scores of which none is negative, as softmax and sigmoid give them:
+    there a mask of 0 is as good as one of -inf."""
+    choice_TE, scores_TE = trace.values["choice"], trace.values.get("scores")
+    if scores_TE is None or scores_TE.shape != choice_TE.shape or bool((scores_TE < 0).any()):
+        return False
+    masked_TE = (choice_TE == 0) | (choice_TE == -torch.inf)
+    return bool((masked_TE | (choice_TE == scores_TE)).all())
+
+
+def _as_masked(x_TE: Tensor, other_TE: Tensor, shares: bool) -> Tensor:
+    """x with -inf where the other has it and x a number far below all its others, or the 0 that is
+    below all shares."""
     out_TE = (other_TE == -torch.inf) & x_TE.isfinite()
     used = x_TE[~out_TE & x_TE.isfinite()]
     if not bool(out_TE.any()) or used.numel() == 0:
         return x_TE
     low, high = used.aminmax()
     far = low - 100 * (high - low + 1)
-    return torch.where(out_TE & (x_TE <= far), -torch.inf, x_TE)
+    below_TE = (x_TE <= far) | (shares & (x_TE == 0))
+    return torch.where(out_TE & below_TE, -torch.inf, x_TE)
 
 
 def _same_order(a_TE: Tensor, b_TE: Tensor) -> bool:

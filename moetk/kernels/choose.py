@@ -39,7 +39,8 @@ def choose(
     Raises as `check_recipe`; on CUDA, RouterConfigError past 1024 experts or 32 choices.
     """
     check_recipe(recipe, logits_TE.shape[1], top_k)
-    return _choose(logits_TE, bias_E, top_k, weight_dtype, *recipe)  # type: ignore[no-any-return]
+    weights_TK, experts_TK = _choose(logits_TE, bias_E, top_k, weight_dtype, *recipe)
+    return experts_TK, weights_TK
 
 
 def choose_in_torch(
@@ -106,7 +107,8 @@ def _scores(logits_TE: Tensor, score: Score) -> Tensor:
     return logits_TE
 
 
-# An op's arguments are tensors, numbers and names: it takes the recipe's fields one by one.
+# An op's arguments are tensors, numbers and names: it takes the recipe's fields one by one. It
+# returns the weights before the experts, for torch's opcheck adds outputs up from the first on.
 _RECIPE = (
     "str score, bool over_chosen, int groups, int top_groups, bool renormalise, float eps, "
     "float scale, ScalarType? score_dtype"
@@ -127,7 +129,7 @@ def _choose(
     *recipe: Any,
 ) -> tuple[Tensor, Tensor]:
     experts_TK, weights_TK = choose_in_torch(logits_TE, bias_E, top_k, Recipe(*recipe))
-    return experts_TK.contiguous(), weights_TK.to(weight_dtype or weights_TK.dtype)
+    return weights_TK.to(weight_dtype or weights_TK.dtype), experts_TK.contiguous()
 
 
 @torch.library.custom_op(
@@ -152,7 +154,10 @@ def _(
     from moetk.kernels.gpu.choose import choose_on_gpu
 
     with torch.cuda.device_of(logits_TE):
-        return choose_on_gpu(logits_TE, bias_E, top_k, Recipe(*recipe), weight_dtype)
+        experts_TK, weights_TK = choose_on_gpu(
+            logits_TE, bias_E, top_k, Recipe(*recipe), weight_dtype
+        )
+    return weights_TK, experts_TK
 
 
 @_choose_backward.register_kernel("cuda")
@@ -173,7 +178,7 @@ def _(
 ) -> tuple[Tensor, Tensor]:
     shape = (logits_TE.shape[0], top_k)
     dtype = weight_dtype or Recipe(*recipe).score_dtype or logits_TE.dtype
-    return logits_TE.new_empty(shape, dtype=torch.int64), logits_TE.new_empty(shape, dtype=dtype)
+    return logits_TE.new_empty(shape, dtype=dtype), logits_TE.new_empty(shape, dtype=torch.int64)
 
 
 @_choose_backward.register_fake
@@ -184,11 +189,11 @@ def _(dweights_TK: Tensor, logits_TE: Tensor, experts_TK: Tensor, *recipe: Any) 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     logits_TE, _, _, _, *ctx.recipe = inputs
     ctx.num_inputs = len(inputs)
-    ctx.save_for_backward(logits_TE, output[0])
+    ctx.save_for_backward(logits_TE, output[1])
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, dexperts_TK: None, dweights_TK: Tensor | None) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, dweights_TK: Tensor | None, dexperts_TK: None) -> tuple[Tensor | None, ...]:
     rest = (None,) * (ctx.num_inputs - 1)
     if dweights_TK is None:
         return None, *rest

@@ -39,6 +39,8 @@ def choose_fused(
     recipe: Recipe = router.recipe()  # type: ignore[operator]
     bias_E = getattr(router, "bias", None)
     logits_TE = router_logits(x_TH, router.weight, bias_E, router.gemm_dtype)
+    if recipe.score == "identity":  # the scores are the logits, and such a router returns them
+        logits_TE = router.in_score_dtype(logits_TE)
     choice_bias_E = getattr(router, "e_score_correction_bias", None)
     experts_TK, weights_TK = choose(logits_TE, choice_bias_E, router.top_k, recipe, weight_dtype)
     return TokenChoice(experts_TK, weights_TK, router.num_experts, logits_TE)

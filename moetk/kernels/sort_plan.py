@@ -52,8 +52,8 @@ def sort_in_torch(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What `moetk::sort_plan` computes: the first four fields of the plan."""
     num_choices = experts_TK.shape[1]
-    # Without its sign bit a negative id is larger than any expert: one key for all unused.
-    keys_N = experts_TK.flatten().bitwise_and(2**63 - 1).clamp(max=num_experts)
+    ids_N = experts_TK.flatten()
+    keys_N = ids_N.masked_fill(ids_N < 0, num_experts).clamp(max=num_experts)
     if kept_TK is not None:
         keys_N = keys_N.masked_fill(~kept_TK.flatten(), num_experts)
     # 16-bit keys where they fit: a radix sort on the device takes half the passes.

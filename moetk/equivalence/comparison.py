@@ -26,7 +26,7 @@ from moetk.equivalence.passes import Pass, first_line, has_twin, in_double, in_t
 from moetk.equivalence.report import Question, Report, Row
 from moetk.equivalence.rows import PARITY, common_stages, rows_of
 from moetk.equivalence.sides.pick import side_of
-from moetk.equivalence.trace import EXACT, Side, observe
+from moetk.equivalence.trace import EXACT, Side, Trace, observe
 from moetk.errors import EquivalenceError
 from moetk.routing import Routing
 
@@ -59,8 +59,7 @@ def compare(
     side_a, side_b = (side_of(part, x, ctx, routing) for part in (a, b))
     x_TH = x.detach().flatten(0, -2)
     own_a, own_b = observe(side_a, x_TH, seed=seed), observe(side_b, x_TH, seed=seed)
-    stages, only_a, only_b = common_stages(own_a, own_b)
-    if not stages:
+    if not common_stages(own_a, own_b)[0]:
         raise EquivalenceError(
             f"{side_a.name} and {side_b.name} have no stage in common to compare: a shows "
             f"{sorted(own_a.values) or 'nothing'}, b {sorted(own_b.values) or 'nothing'}."
@@ -72,6 +71,8 @@ def compare(
         arithmetic = in_their_dtypes(side_b, side_a, x_TH, own_a, seed, notes)
     else:
         arithmetic = in_their_dtypes(side_a, side_b, x_TH, own_b, seed, notes)
+        own_a = _with_hidden(own_a, arithmetic.own_a, own_b)
+    stages, only_a, only_b = common_stages(own_a, own_b)
     choices = arithmetic.choices
     rows = rows_of(stages, own_a, own_b, function, arithmetic)
     notes += _notes(rows, choices)
@@ -107,6 +108,14 @@ def _check_input(x: Any) -> None:
             "x was made under torch.inference_mode, where nothing has a gradient: give x.clone() "
             "made outside of it, and call compare outside of it."
         )
+
+
+def _with_hidden(own: Trace, plain: Trace, other: Trace) -> Trace:
+    """What a shows, and of the stages that its way of running hides (one batched product for all
+    experts) those that b shows too, as a's plain implementation has them."""
+    values = {name: one for name, one in plain.values.items() if name in other.values}
+    grads = {name: one for name, one in plain.grads.items() if name in other.grads}
+    return Trace({**values, **own.values}, {**grads, **own.grads})
 
 
 def _notes(rows: tuple[Row, ...], choices: Choices | None) -> list[str]:

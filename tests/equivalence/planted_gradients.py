@@ -167,7 +167,7 @@ GRADIENTS = (
              "gradient where there should be none"),
     _router("gradient reversed", mixtral, "gradient negated",
             score=lambda self, l: backward(l, torch.neg).softmax(-1)),
-    _experts("divided by the world size", "grad down_weight", "gradient scaled by a constant",
+    _experts("divided by the world size", "grad expert_output", "gradient scaled by a constant",
              weigh=lambda self, y, w: backward(y * w[:, None], lambda g: g / 8)),
     _experts("mean over an expert's rows", "grad up_weight",
              "gradient scaled by a factor for each row", up=_mean_over_rows),

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from moetk.kernels.rope import Norm, rotated
+from moetk.layers.find import runs_on
 from moetk.layers.step.norm import NORMS
 from moetk.layers.step.part import ACTIVE, Part, is_watched
 from moetk.layers.swap import own_class
@@ -50,8 +51,8 @@ class AttentionShell:
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         module: Any = self
-        stock = ACTIVE not in vars(module) or _why_stock(module) is not None
-        if stock or position_embeddings is None:
+        stock = ACTIVE not in vars(module) or position_embeddings is None
+        if stock or _why_stock(module, hidden_states.device) is not None:
             return super().forward(  # type: ignore[misc, no-any-return]
                 hidden_states,
                 position_embeddings=position_embeddings,
@@ -63,7 +64,7 @@ class AttentionShell:
         query = module.q_proj(hidden_states).view(heads)
         key = module.k_proj(hidden_states).view(heads)
         value = module.v_proj(hidden_states).view(heads).transpose(1, 2)
-        cos, sin = position_embeddings
+        cos, sin = position_embeddings  # type: ignore[misc]
         query, key = rotated(query, key, cos, sin, *_norms(module))
         query, key = query.transpose(1, 2), key.transpose(1, 2)
         if past_key_values is not None:
@@ -102,19 +103,15 @@ def _attention_function(attention: Any) -> Callable[..., tuple[Tensor, Tensor | 
     return ALL_ATTENTION_FUNCTIONS.get_interface(name, eager)  # type: ignore[no-any-return]
 
 
-def _why_stock(attention: Any) -> str | None:
+def _why_stock(attention: Any, device: torch.device) -> str | None:
     """What may change between calls; `_refusal` looks at what cannot."""
     for name in ("q_norm", "k_norm"):
         norm = getattr(attention, name, None)
         if norm is not None and (own_class(norm).__name__ not in NORMS or is_watched(norm)):
             return f"{name} is wrapped or hooked, and must be called"
-    if torch.is_autocast_enabled(_device_type(attention)):
+    if torch.is_autocast_enabled(device.type):
         return "autocast is on"
     return None
-
-
-def _device_type(attention: nn.Module) -> str:
-    return next(attention.parameters()).device.type
 
 
 def _concerns(module: nn.Module) -> bool:
@@ -132,10 +129,11 @@ def _refusal(module: nn.Module) -> str | None:
 
 
 def _runs(module: nn.Module) -> str:
-    why = _why_stock(module)
+    device = runs_on(module)
+    why = _why_stock(module, device)
     if why is not None:
         return f"stock: {why}"
-    how = "one Triton kernel" if _device_type(module) == "cuda" else "plain torch"
+    how = "one Triton kernel" if device.type == "cuda" else "plain torch"
     return f"moetk, {'norm and ' if hasattr(module, 'q_norm') else ''}rotation: {how}"
 
 

@@ -186,8 +186,8 @@ def _why_stock(model: Any) -> str | None:
         return "lm_head is wrapped, sharded or hooked, and must be called"
     if type(head.weight) not in (nn.Parameter, Tensor):
         return f"lm_head.weight is a {type(head.weight).__name__}"
-    if head.out_features != model.config.get_text_config().vocab_size:
-        return f"lm_head has {head.out_features} rows, the vocabulary another number"
+    if head.out_features != model.vocab_size:
+        return f"lm_head has {head.out_features} rows, the vocabulary {model.vocab_size}"
     if torch.float16 in (head.weight.dtype, _autocast_dtype(head.weight.device.type)):
         return "fp16 gradients need the loss scale, which comes with backward only"
     return None

@@ -29,10 +29,12 @@ NORMS = {
     "MixtralRMSNorm": Row("llama"),
     "GraniteMoeRMSNorm": Row("llama"),
     "DeepseekV3RMSNorm": Row("llama"),
-    "DeepseekV4RMSNorm": Row("gemma"),
     "GptOssRMSNorm": Row("gemma"),
     "Qwen3NextRMSNorm": Row("gemma", offset=1.0, eps="eps"),
 }
+
+
+LIGER = importlib.util.find_spec("liger_kernel") is not None
 
 
 class NormShell:
@@ -55,7 +57,7 @@ class NormShell:
 def _why_stock(device: torch.device, dtype: torch.dtype, weight_dtype: torch.dtype) -> str | None:
     if device.type != "cuda":
         return f"the kernel needs a GPU, the weights are on {device.type}"
-    if importlib.util.find_spec("liger_kernel") is None:
+    if not LIGER:
         return "liger-kernel is not installed"
     if dtype != weight_dtype:
         return f"the weights are {weight_dtype}, the hidden states {dtype}"

@@ -1,0 +1,199 @@
+"""Norm and rotation: the twin against transformers' own, the Triton kernels against their twins."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeRMSNorm, apply_rotary_pos_emb
+
+from moetk.kernels.rope import Norm, rotated
+
+
+def written_out(x: Tensor, cos: Tensor, sin: Tensor, norm: Norm | None) -> Tensor:
+    """x (B, S, N, D) by transformers' own norm and rotation."""
+    if norm is not None:
+        module = Qwen3MoeRMSNorm(len(norm.weight_W), eps=norm.eps)
+        del module.weight
+        module.weight = norm.weight_W  # a plain tensor: the gradient reaches the drawn one
+        per_head = len(norm.weight_W) == x.shape[-1]
+        x = (module(x) if per_head else module(x.flatten(2))).view_as(x)
+    x = x.transpose(1, 2)
+    return apply_rotary_pos_emb(x, x, cos, sin)[0].transpose(1, 2)
+
+
+def draw(seed: int, *shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+
+
+@settings(max_examples=30)
+@given(
+    seed=st.integers(0, 2**31),
+    B=st.integers(1, 3),
+    S=st.integers(1, 4),
+    heads=st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    D=st.sampled_from([2, 6, 8]),
+    shared=st.booleans(),
+    kind=st.sampled_from(["none", "head", "row"]),
+)
+def test_twin_equals_transformers(
+    seed: int, B: int, S: int, heads: tuple[int, int], D: int, shared: bool, kind: str
+) -> None:
+    xs = [draw(seed + n, B, S, N, D).requires_grad_() for n, N in enumerate(heads)]
+    tables = [draw(seed + 2 + n, 1 if shared else B, S, D) for n in range(2)]
+    norms: list[Norm | None] = [None, None]
+    leaves = list(xs)
+    if kind != "none":
+        widths = [D if kind == "head" else N * D for N in heads]
+        weights = [draw(seed + 4 + n, W).requires_grad_() for n, W in enumerate(widths)]
+        norms = [Norm(weights[0], 1e-6), Norm(weights[1], 1e-3)]
+        leaves += weights
+    ours = rotated(*xs, *tables, *norms)
+    theirs = [written_out(x, *tables, norm) for x, norm in zip(xs, norms, strict=True)]
+    into = [draw(seed + 6, *y.shape) for y in ours]
+    mine = (*ours, *torch.autograd.grad(ours, leaves, into))
+    want = (*theirs, *torch.autograd.grad(theirs, leaves, into))
+    for a, b in zip(mine, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("kind", ["head", "row"])
+def test_bf16_is_as_near_to_fp64_as_transformers_is(kind: str) -> None:
+    """Stock rounds five times between norm and rotation, the twin once."""
+    B, S, N, D = 2, 16, 4, 16
+    leaves = [
+        draw(0, B, S, N, D, dtype=torch.bfloat16).requires_grad_(),
+        draw(1, D if kind == "head" else N * D, dtype=torch.bfloat16).requires_grad_(),
+    ]
+    cos, sin = (draw(n, 1, S, D, dtype=torch.bfloat16) for n in (2, 3))
+    into = draw(4, B, S, N, D, dtype=torch.bfloat16)
+
+    def run(function: object, dtype: torch.dtype) -> list[Tensor]:
+        x, weight = (leaf.detach().to(dtype).requires_grad_() for leaf in leaves)
+        tables, norm = (cos.to(dtype), sin.to(dtype)), Norm(weight, 1e-6)
+        y = (
+            rotated(x, x, *tables, norm, norm)[0]
+            if function is rotated
+            else written_out(x, *tables, norm)
+        )
+        return [y.detach(), *torch.autograd.grad(y, (x, weight), into.to(dtype))]
+
+    truth = run(written_out, torch.float64)
+    theirs, ours = run(written_out, torch.bfloat16), run(rotated, torch.bfloat16)
+    for name, t, s, o in zip(("y", "dx", "dweight"), truth, theirs, ours, strict=True):
+        assert (o.double() - t).norm() <= 2 * (s.double() - t).norm(), name
+
+
+def test_no_tokens() -> None:
+    q, k = torch.zeros(0, 3, 4, 8), torch.zeros(0, 3, 2, 8)
+    table, norm = torch.ones(1, 3, 8), Norm(torch.ones(8), 1e-6)
+    ours = rotated(q, k, table, table, norm, norm)
+    assert [y.shape for y in ours] == [q.shape, k.shape]
+
+
+def test_a_nan_token_spoils_no_other() -> None:
+    x, norm = draw(0, 1, 4, 2, 8), Norm(torch.ones(8, dtype=torch.float64), 1e-6)
+    cos, sin = draw(1, 1, 4, 8), draw(2, 1, 4, 8)
+    clean = rotated(x, x, cos, sin, norm, norm)[0]
+    x[0, 2, 1] = float("nan")
+    spoiled = rotated(x, x, cos, sin, norm, norm)[0]
+    assert spoiled[0, 2, 1].isnan().all()
+    finite = spoiled.isfinite()
+    assert int((~finite).sum()) == 8
+    assert torch.equal(spoiled[finite], clean[finite])
+
+
+KERNELS = """
+import torch
+from moetk.kernels.cross_entropy import plain_cross_entropy_
+from moetk.kernels.gpu import rope
+from moetk.kernels.gpu.cross_entropy import cross_entropy_
+from moetk.kernels.rope import Norm, rotated_plain
+
+torch.manual_seed(0)
+rope.PROGRAMS = 3  # fewer than tokens, so that each sums several
+
+
+def close(ours, theirs, name):
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-5, atol=5e-6, msg=lambda text: f"{name}: {text}")
+
+
+def check_rotation(B, S, NQ, NK, D, kind, tables):
+    q, k = torch.randn(B, S, NQ, D), torch.randn(B, S, NK, D)
+    cos, sin = torch.randn(tables, S, D), torch.randn(tables, S, D)
+    leaves, norms = [q, k], (None, None)
+    if kind != "none":
+        widths = (D, D) if kind == "head" else (NQ * D, NK * D)
+        norms = tuple(Norm(torch.randn(W), eps) for W, eps in zip(widths, (1e-6, 1e-2)))
+        leaves += [norm.weight_W for norm in norms]
+    for leaf in leaves:
+        leaf.requires_grad_()
+    ours = rope.rotated_fused(q, k, cos, sin, *norms)
+    theirs = tuple(rotated_plain(x, cos, sin, norm) for x, norm in zip((q, k), norms))
+    # As attention hands gradients back: not contiguous.
+    into = [torch.randn_like(y.transpose(1, 2)).transpose(1, 2) for y in ours]
+    mine = torch.autograd.grad(ours, leaves, into)
+    want = torch.autograd.grad(theirs, leaves, into)
+    close((*ours, *mine), (*theirs, *want), (B, S, NQ, NK, D, kind, tables))
+
+
+for shape in ((2, 3, 4, 2, 8), (1, 5, 3, 1, 6), (0, 3, 4, 2, 8)):
+    for kind in ("none", "head", "row"):
+        for tables in {1, shape[0]}:
+            check_rotation(*shape, kind, tables)
+
+for C, V in ((5, 7), (3, 9000)):
+    logits, labels = 3 * torch.randn(C, V), torch.randint(0, V, (C,))
+    labels[0], labels[1], labels[2], logits[2, V // 2] = V - 1, -100, 0, float("-inf")
+    for items in (torch.tensor(7), torch.tensor(2.5)):
+        ours, theirs, kept = logits.clone(), logits.clone(), logits.clone()
+        losses = cross_entropy_(ours, labels, items, -100, True)
+        close((losses, ours), (plain_cross_entropy_(theirs, labels, items, -100, True), theirs), V)
+        assert not ours[1].any()
+        close((cross_entropy_(kept, labels, items, -100, False), kept), (losses, logits), V)
+    logits[0, 1] = float("nan")
+    losses = cross_entropy_(logits, labels, items, -100, True)
+    assert losses[0].isnan() and logits[0].isnan().all() and logits[1:].isfinite().all()
+print("every kernel equals its twin")
+"""
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="no Triton on this platform")
+def test_kernels_equal_their_twins_in_tritons_interpreter() -> None:
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", KERNELS],
+        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.strip() == "every kernel equals its twin"
+
+
+def test_no_triton_kernel_is_imported_on_the_cpu() -> None:
+    code = (
+        "import sys, torch; from moetk.layers.step import speed_up; "
+        "from moetk.kernels.rope import rotated; "
+        "x = torch.ones(1, 1, 1, 2); rotated(x, x, x[0], x[0]); "
+        "print([name for name in sys.modules if name.startswith('moetk.kernels.gpu')])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=dict(os.environ),
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.strip() == "[]"

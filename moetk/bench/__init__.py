@@ -1,0 +1,1 @@
+"""Layers and training steps beside transformers and peers, measured in one process."""

@@ -1,0 +1,127 @@
+"""Who computes a layer: transformers' own block, moetk's backends, peers. Same weights for all."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import nn
+
+from moetk.bench.peers import PEERS
+from moetk.bench.shapes import LayerShape
+from moetk.errors import ConfigError
+from moetk.experts import backends
+
+STOCK = "v5"
+
+
+@dataclass(frozen=True)
+class Contender:
+    """`build` makes the layer, (1, T, H) to (1, T, H), with a copy of the given model's weights:
+    a transformers model whose only decoder layer holds the block."""
+
+    name: str
+    build: Callable[[Any], nn.Module]
+
+
+def stock_model(shape: LayerShape, device: torch.device, dtype: torch.dtype, seed: int) -> Any:
+    """A transformers model around one Qwen3MoeSparseMoeBlock of this shape, all else tiny.
+
+    Weights are normal with a deviation of 0.02. The block and its router (softmax, best K,
+    rescaled) serve every shape, so that rows differ by their sizes alone.
+    """
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    config = Qwen3MoeConfig(
+        hidden_size=shape.hidden_size,
+        moe_intermediate_size=shape.intermediate_size,
+        num_experts=shape.num_experts,
+        num_experts_per_tok=shape.top_k,
+        norm_topk_prob=True,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        num_key_value_heads=1,
+        head_dim=8,
+        vocab_size=8,
+        pad_token_id=None,
+        bos_token_id=None,
+        eos_token_id=None,
+        use_cache=False,
+    )
+    with torch.device("meta"):
+        model = Qwen3MoeForCausalLM(config).to(dtype)
+    model.to_empty(device=device)
+    generator = torch.Generator(device).manual_seed(seed)
+    for parameter in block_of(model).parameters():
+        nn.init.normal_(parameter, std=0.02, generator=generator)
+    return model.train()
+
+
+def block_of(model: Any) -> Any:
+    """The mixture-of-experts block of a `stock_model`."""
+    return model.model.layers[0].mlp
+
+
+def stock(implementation: str | None = None) -> Contender:
+    """The block as transformers runs it, with its default experts or a named implementation."""
+
+    def build(model: Any) -> nn.Module:
+        twin = copy.deepcopy(model)
+        if implementation is not None:
+            twin.set_experts_implementation(implementation)
+        return block_of(twin)  # type: ignore[no-any-return]
+
+    return Contender(STOCK if implementation is None else f"{STOCK}-{implementation}", build)
+
+
+def ours(backend: str) -> Contender:
+    """The block after `moetk.replace_moe(model, backend=...)`."""
+
+    def build(model: Any) -> nn.Module:
+        from moetk.layers.replace import replace_moe
+
+        twin = copy.deepcopy(model)
+        replace_moe(twin, backend=backend)
+        return block_of(twin)  # type: ignore[no-any-return]
+
+    return Contender(f"moetk-{backend}", build)
+
+
+def peer(name: str) -> Contender:
+    """Another library's layer, by its name in PEERS."""
+    return Contender(name, lambda model: PEERS[name](block_of(model)))
+
+
+def contenders() -> dict[str, Contender]:
+    """Everyone by name, transformers' default first, whether or not they run here."""
+    everyone = [
+        stock(),
+        stock("eager"),
+        *(ours(name) for name in ("auto", *(backend.name for backend in backends()))),
+        *(peer(name) for name in PEERS),
+    ]
+    return {contender.name: contender for contender in everyone}
+
+
+def contenders_here(device: torch.device, dtype: torch.dtype) -> list[Contender]:
+    """transformers' default, every backend of moetk's that runs on the device in this dtype, and
+    the peers that are installed. The loop over experts is left out: it is there to be right."""
+    names = [backend.name for backend in backends() if backend.why_not(dtype, device) is None]
+    found = [ours(name) for name in names if name != "reference"]
+    if device.type == "cuda":
+        found += [peer(name) for name, kind in PEERS.items() if find_spec(kind.package)]
+    return [stock(), *found]
+
+
+def contenders_named(names: str) -> list[Contender]:
+    """Of "v5,moetk-auto,liger". Raises ConfigError for an unknown one."""
+    known = contenders()
+    unknown = [name for name in names.split(",") if name not in known]
+    if unknown:
+        raise ConfigError(f"contender {unknown[0]!r} is not one of {', '.join(known)}.")
+    return [known[name] for name in dict.fromkeys(names.split(","))]

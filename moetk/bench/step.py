@@ -1,0 +1,247 @@
+"""A whole training step: forward, loss, backward, AdamW; contenders one after the other.
+
+Two models and their optimizers do not fit side by side, so that the first contender runs again at
+the end: how far its two medians differ is how far the machine drifted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moetk.bench.meter import Meter, Phases
+from moetk.bench.profile import Kernel, largest_kernels
+from moetk.bench.race import WARM_UP, told
+from moetk.bench.shapes import ModelShape
+from moetk.errors import ConfigError
+
+AGAIN = " again"
+Prepare = Callable[[Any], Any]
+
+
+@dataclass(frozen=True)
+class StepContender:
+    """`prepare` changes the stock model in place before its optimizer is made. What it returns may
+    have an `explain()`, whose text says what ran."""
+
+    name: str
+    prepare: Prepare
+
+
+def as_it_is(model: Any) -> None:
+    """transformers' defaults."""
+
+
+def checkpointed(model: Any) -> None:
+    """transformers' gradient checkpointing: every decoder layer runs again in backward."""
+    model.gradient_checkpointing_enable()
+
+
+def replaced(backend: str) -> Prepare:
+    """moetk's router and experts in every layer, with this backend."""
+
+    def prepare(model: Any) -> Any:
+        from moetk.layers.replace import replace_moe
+
+        return replace_moe(model, backend=backend)
+
+    return prepare
+
+
+def sped_up(backend: str) -> Prepare:
+    """`replaced`, and moetk's other parts of the step: `moetk.speed_up(model)`."""
+
+    def prepare(model: Any) -> Any:
+        import moetk
+
+        found = replaced(backend)(model), moetk.speed_up(model)  # type: ignore[attr-defined]
+        return _Explained(found)
+
+    return prepare
+
+
+@dataclass(frozen=True)
+class _Explained:
+    parts: Sequence[Any]
+
+    def explain(self) -> str:
+        return "\n".join(part.explain() for part in self.parts)
+
+
+def step_contenders(backend: str = "auto") -> dict[str, StepContender]:
+    """Everyone by name, transformers' defaults first."""
+    everyone = (
+        StepContender("v5", as_it_is),
+        StepContender("v5-checkpointing", checkpointed),
+        StepContender("moetk", replaced(backend)),
+        StepContender("moetk-step", sped_up(backend)),
+    )
+    return {contender.name: contender for contender in everyone}
+
+
+def step_contenders_named(names: str, backend: str = "auto") -> list[StepContender]:
+    """Of "v5,moetk". Raises ConfigError for an unknown one."""
+    known = step_contenders(backend)
+    unknown = [name for name in names.split(",") if name not in known]
+    if unknown:
+        raise ConfigError(f"contender {unknown[0]!r} is not one of {', '.join(known)}.")
+    return [known[name] for name in dict.fromkeys(names.split(","))]
+
+
+@dataclass(eq=False)
+class StepResult:
+    """seconds and losses: of each timed step. peaks: bytes of the allocator's largest moment in
+    each phase, parameters and the optimizer's state in; empty where the device does not tell.
+    about: what ran, in the contender's own words."""
+
+    name: str
+    seconds: list[float] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
+    peaks: dict[str, int] = field(default_factory=dict)
+    about: str = ""
+    error: str | None = None
+
+    @property
+    def peak(self) -> tuple[str, int] | None:
+        """The phase of the peak, and the peak in bytes."""
+        if not self.peaks:
+            return None
+        phase = max(self.peaks, key=lambda name: self.peaks[name])
+        return phase, self.peaks[phase]
+
+
+@dataclass(eq=False)
+class Training:
+    """A model with its optimizer: one call is one step, and returns the detached loss."""
+
+    model: Any
+    optimizer: torch.optim.Optimizer
+    phases: Phases
+
+    def close(self) -> None:
+        """Let go of the model: who still holds this holds no memory."""
+        del self.model, self.optimizer
+
+    def step(self, token_ids: Tensor) -> Tensor:
+        self.phases.enter("forward")
+        loss: Tensor = self.model(input_ids=token_ids, labels=token_ids).loss
+        self.phases.enter("backward")
+        loss.backward()
+        self.phases.enter("optimizer")
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.phases.leave()
+        return loss.detach()
+
+
+@contextmanager
+def training(
+    shape: ModelShape,
+    contender: StepContender,
+    meter: Meter,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    seed: int = 0,
+    rate: float = 1e-5,
+) -> Iterator[tuple[Training, str]]:
+    """A contender's model with random weights and fused AdamW, ready to step, and what it says of
+    itself. The memory is free again afterwards."""
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(seed)
+    with meter.device:
+        model: Any = AutoModelForCausalLM.from_config(
+            shape.config(), dtype=dtype, attn_implementation="sdpa"
+        )
+    prepared = contender.prepare(model)
+    model.train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, fused=True)
+    phases = Phases(meter)
+    # What runs after the decoder stack is the head and the loss, in one kernel or in many.
+    hook = model.base_model.register_forward_hook(lambda *_: phases.enter("loss"))
+    run = Training(model, optimizer, phases)
+    about = getattr(prepared, "explain", str)()
+    del model, optimizer, prepared
+    try:
+        yield run, about
+    finally:
+        hook.remove()
+        run.close()
+        meter.release()
+
+
+def measure_steps(
+    shape: ModelShape,
+    contenders: Sequence[StepContender],
+    meter: Meter,
+    *,
+    steps: int = 10,
+    dtype: torch.dtype = torch.bfloat16,
+    seed: int = 0,
+) -> list[StepResult]:
+    """Time every contender from the same weights on the same tokens, after three steps that do not
+    count, then the first one again.
+
+    A contender that raises has the reason in its result, and the others go on.
+    """
+    first, *_ = contenders
+    order = [*contenders, replace(first, name=first.name + AGAIN)]
+    results = []
+    for contender in order:
+        result = StepResult(contender.name)
+        try:
+            _measure(shape, contender, meter, result, steps, dtype, seed)
+        except Exception as error:  # out of memory, a part that is missing: it belongs in the row
+            result.error = told(error)
+        meter.release()
+        results.append(result)
+    return results
+
+
+def profile_step(
+    shape: ModelShape,
+    contender: StepContender,
+    meter: Meter,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    seed: int = 0,
+) -> list[Kernel]:
+    """The largest kernels of one warm step."""
+    with training(shape, contender, meter, dtype=dtype, seed=seed) as (run, _):
+        token_ids = _tokens(shape, run.model.config.vocab_size, seed).to(meter.device)
+        for _ in range(WARM_UP):
+            run.step(token_ids)
+        return largest_kernels(lambda: run.step(token_ids), meter)
+
+
+def _tokens(shape: ModelShape, vocab_size: int, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(vocab_size, (shape.batch, shape.length), generator=generator)
+
+
+def _measure(
+    shape: ModelShape,
+    contender: StepContender,
+    meter: Meter,
+    result: StepResult,
+    steps: int,
+    dtype: torch.dtype,
+    seed: int,
+) -> None:
+    with training(shape, contender, meter, dtype=dtype, seed=seed) as (run, about):
+        result.about = about
+        token_ids = _tokens(shape, run.model.config.vocab_size, seed).to(meter.device)
+        for _ in range(WARM_UP):
+            run.step(token_ids)
+        run.phases.peaks.clear()
+        for _ in range(steps):
+            milliseconds, loss = meter.wall(lambda: run.step(token_ids))
+            result.seconds.append(milliseconds / 1e3)
+            result.losses.append(float(loss))
+        if meter.has_memory:
+            result.peaks = dict(run.phases.peaks)

@@ -27,6 +27,7 @@ from moetk.equivalence.report import Question, Report, Row
 from moetk.equivalence.rows import PARITY, common_stages, rows_of
 from moetk.equivalence.sides.pick import side_of
 from moetk.equivalence.trace import EXACT, Side, Trace, observe
+from moetk.equivalence.unseen import unseen
 from moetk.errors import EquivalenceError
 from moetk.routing import Routing
 
@@ -52,7 +53,8 @@ def compare(
     x: (T, H) or (B, S, H), in the dtype the parts run in. ctx: what the routers may know.
     routing: what bare banks are given. seed: of the gradient that enters backward.
 
-    Neither part changes. Parts run in evaluation mode: noise and dropout are off.
+    Neither part changes. Parts run in evaluation mode: noise and dropout are off. What one of them
+    alone does in training, or on a second call, and other controllers are in the report's notes.
     Raises EquivalenceError where a or b cannot be read as a layer, router, bank or trace.
     """
     _check_input(x)
@@ -84,7 +86,7 @@ def compare(
         _environment(),
     )  # fmt: skip
     if report.first is None:
-        return report
+        return replace(report, notes=(*notes, *unseen(side_a, side_b, x_TH)))
     told = ctx or RouterContext(batch_shape=(x.shape[0], x.shape[1]) if x.ndim == 3 else None)
     evidence = _evidence(report.first, side_a, side_b, x_TH, function, arithmetic, told, seed)
 

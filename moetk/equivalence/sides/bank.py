@@ -47,11 +47,7 @@ class BankSide(ModuleSide):
         routing = self._routing(given, 0 if bank is None else len(bank.up))
         products = None if bank is None else Products(bank)
         with untouched(self.module), products or nullcontext():
-            if _reads_a_routing(self.module):
-                combined = self.module(x_TH, routing)
-            else:
-                ids, weights = for_foreign_experts(routing, "side", self.name)
-                combined = self.module(x_TH, ids, weights)
+            combined = self._combined(self.module, x_TH, routing)
         ids_TK = computed_choices(routing)
         stages: Stages = {
             "indices": routing.experts_TK,
@@ -65,6 +61,17 @@ class BankSide(ModuleSide):
             if inner.computed_TK is not None:
                 stages["dispatched"] = inner.computed_TK
         return stages
+
+    def returned(self, module: nn.Module, x_TH: Tensor) -> Tensor:
+        return self._combined(module, x_TH, self._routing({}, 0))
+
+    def _combined(self, experts: nn.Module, x_TH: Tensor, routing: TokenChoice) -> Tensor:
+        combined: Tensor
+        if _reads_a_routing(experts):
+            combined = experts(x_TH, routing)
+        else:
+            combined = experts(x_TH, *for_foreign_experts(routing, "side", self.name))
+        return combined
 
     def _routing(self, given: Given, num_experts: int) -> TokenChoice:
         routing = self.routing

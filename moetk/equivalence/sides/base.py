@@ -58,6 +58,10 @@ class ModuleSide:
     def facts(self) -> Mapping[str, Any]:
         raise NotImplementedError
 
+    def returned(self, module: nn.Module, x_TH: Tensor) -> Tensor:
+        """What `module`, a copy of the side's in whatever mode, returns on one plain call."""
+        raise NotImplementedError
+
     def _stages(self, x_TH: Tensor, given: Given) -> Stages:
         raise NotImplementedError
 
@@ -65,6 +69,11 @@ class ModuleSide:
         side = copy.copy(self)
         side.module = copied(self.module)
         return side
+
+    def _trained_context(self, x_TH: Tensor, given: Given) -> RouterContext:
+        """The same for a run in training, where noise is drawn from a seed."""
+        ctx = self._context(x_TH, given)
+        return replace(ctx, seed=ctx.seed or 0)
 
     def _context(self, x_TH: Tensor, given: Given) -> RouterContext:
         """The context of one run. Raises EquivalenceError where it was made for other tokens."""

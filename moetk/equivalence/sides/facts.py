@@ -9,6 +9,7 @@ from torch import Tensor
 
 from moetk.dispatch import Capacity
 from moetk.equivalence.sides.bank_view import BankView
+from moetk.layers.attach import Attachment
 
 # The common name, and what transformers' gates call it.
 _OF_ROUTER = {
@@ -59,3 +60,21 @@ def bank_facts(bank: BankView | None) -> dict[str, Any]:
 def dispatch_facts(dispatcher: Any) -> dict[str, Any]:
     capacity = getattr(dispatcher, "capacity", None)
     return {} if capacity is None else {"capacity": capacity}
+
+
+def attachment_facts(attachment: Attachment) -> dict[str, Any]:
+    """What a layer trains with: its losses, the scale that it gives them, and what moves its router
+    between steps, in words."""
+    scale = attachment.aux_scale
+    facts: dict[str, Any] = {
+        "losses": tuple(attachment.losses),
+        "controllers": tuple(_in_words(one.controller) for one in attachment.steered),
+    }
+    if attachment.losses and isinstance(scale, int | float):
+        facts["aux_scale"] = float(scale)
+    return facts
+
+
+def _in_words(part: object) -> str:
+    """Its own repr, or its type's name where that only tells its place in memory."""
+    return type(part).__name__ if type(part).__repr__ is object.__repr__ else repr(part)

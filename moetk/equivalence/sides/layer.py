@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import replace
 from typing import Any, Self
 
 from torch import Tensor, nn
@@ -14,7 +13,7 @@ from moetk.dispatch import with_drops
 from moetk.equivalence.sides.bank_view import bank_view, experts_leaves, own_leaves
 from moetk.equivalence.sides.base import ModuleSide, Stages, require_module
 from moetk.equivalence.sides.counters import committed, step
-from moetk.equivalence.sides.facts import bank_facts, dispatch_facts, router_facts
+from moetk.equivalence.sides.facts import attachment_facts, bank_facts, dispatch_facts, router_facts
 from moetk.equivalence.sides.inner import Asked, inner_stages
 from moetk.equivalence.sides.products import Products
 from moetk.equivalence.sides.routed import (
@@ -48,7 +47,7 @@ class LayerSide(ModuleSide):
             **bank_facts(bank_view(layer.experts)),
             **router_facts(layer.router),
             **dispatch_facts(layer.dispatcher),
-            "losses": tuple(layer.attachment.losses),
+            **attachment_facts(layer.attachment),
         }
 
     def leaves(self) -> Mapping[str, Leaf]:
@@ -77,15 +76,22 @@ class LayerSide(ModuleSide):
         stages |= output_stage(y_TH, dispatcher.combined)
         routing = with_drops(router.routing, dispatcher.local)
         if isinstance(routing, TokenChoice):
-            stages["counts"] = self._counted(routing, ctx, x_TH)
+            stages["counts"] = self._counted(routing, x_TH, given)
         return stages
 
-    def _counted(self, routing: TokenChoice, ctx: RouterContext, x_TH: Tensor) -> Tensor:
-        ctx = replace(ctx, seed=ctx.seed or 0)  # noise is drawn in training only
+    def returned(self, module: nn.Module, x_TH: Tensor) -> Tensor:
+        return self._forward(module, x_TH, self._trained_context(x_TH, {}))
+
+    @staticmethod
+    def _forward(layer: nn.Module, x_TH: Tensor, ctx: RouterContext) -> Tensor:
+        y_TH: Tensor = layer(x_TH, ctx)[0]
+        return y_TH
+
+    def _counted(self, routing: TokenChoice, x_TH: Tensor, given: Given) -> Tensor:
+        ctx = self._trained_context(x_TH, given)
 
         def forward(layer: nn.Module, x_TH: Tensor) -> Tensor:
-            y_TH: Tensor = layer(x_TH, ctx)[0]
-            return y_TH
+            return self._forward(layer, x_TH, ctx)
 
         if self.module.attachment.steered:
             layer = copied(self.module).eval()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,7 +22,7 @@ from moetk.equivalence.sides.block import (
     hooked,
 )
 from moetk.equivalence.sides.counters import committed, step
-from moetk.equivalence.sides.facts import bank_facts, dispatch_facts, router_facts
+from moetk.equivalence.sides.facts import attachment_facts, bank_facts, dispatch_facts, router_facts
 from moetk.equivalence.sides.layer import layer_stages
 from moetk.equivalence.sides.products import Products
 from moetk.equivalence.sides.routed import Given, loss_stage, output_stage, with_weights
@@ -49,7 +48,7 @@ class ReplacedSide(BlockSide):
             **bank_facts(bank_view(self._experts)),
             **router_facts(router, site.settings),
             **dispatch_facts(site.dispatcher),
-            "losses": tuple(site.attachment.losses),
+            **attachment_facts(site.attachment),
         }
 
     def leaves(self) -> Mapping[str, Leaf]:
@@ -76,15 +75,21 @@ class ReplacedSide(BlockSide):
         stages |= output_stage(y_TH, dispatcher.combined)
         routing = with_drops(routings[0], dispatcher.local)
         if isinstance(routing, TokenChoice):
-            stages["counts"] = self._counted(routing, ctx, x_TH)
+            stages["counts"] = self._counted(routing, x_TH, given)
         return stages
 
-    def _counted(self, routing: TokenChoice, ctx: RouterContext, x_TH: Tensor) -> Tensor:
-        ctx = replace(ctx, seed=ctx.seed or 0)  # noise is drawn in training only
+    def returned(self, module: nn.Module, x_TH: Tensor) -> Tensor:
+        return self._forward(module, x_TH, self._trained_context(x_TH, {}))
+
+    def _forward(self, block: nn.Module, x_TH: Tensor, ctx: RouterContext) -> Tensor:
+        _site(block).attachment.aux_scale = 0.0  # it is a copy's: no loss is computed here
+        return _visit(block, x_TH, ctx, self.name)
+
+    def _counted(self, routing: TokenChoice, x_TH: Tensor, given: Given) -> Tensor:
+        ctx = self._trained_context(x_TH, given)
 
         def forward(block: nn.Module, x_TH: Tensor) -> Tensor:
-            _site(block).attachment.aux_scale = 0.0  # it is a copy's: no loss is computed here
-            return _visit(block, x_TH, ctx, self.name)
+            return self._forward(block, x_TH, ctx)
 
         if _site(self.module).attachment.steered:
             block = copied(self.module).eval()

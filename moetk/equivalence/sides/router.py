@@ -6,7 +6,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, Self
 
+import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from moetk.context import RouterContext
 from moetk.equivalence.sides.bank_view import own_leaves
@@ -43,6 +45,11 @@ class RouterSide(ModuleSide):
     def in_double(self) -> Self:
         require_module(self._router, self.name)
         return super().in_double()
+
+    def returned(self, module: nn.Module, x_TH: Tensor) -> Tensor:
+        routing = module(x_TH, self._trained_context(x_TH, {}))
+        held = [one for one in tree_leaves(routing) if isinstance(one, Tensor)]
+        return torch.cat([one.flatten().to(x_TH) for one in held])
 
     def _stages(self, x_TH: Tensor, given: Given) -> Stages:
         ctx = self._context(x_TH, given)

@@ -105,6 +105,9 @@ class StockSide(BlockSide):
             )
         return {**self._shown(call, x_TH, ctx, number, given), "indices": own_TK}
 
+    def returned(self, module: nn.Module, x_TH: Tensor) -> Tensor:
+        return call_block(module, x_TH, self._context(x_TH, {}), self.name)
+
     def _call(
         self, x_TH: Tensor, ctx: RouterContext, given: Given, number: int | None = None
     ) -> _Call:

@@ -220,7 +220,7 @@ def replace_moe(
         A module's parameters move to the gate's device and dtype, and are saved at
         `<gate>.moetk.<name>`; the stock gate stays, frozen.
     losses, controllers: attached to every layer; they act in training, through backward.
-    backend: "auto", "stock" (transformers' own experts), "reference" or "grouped".
+    backend: "auto", "stock" (transformers' own experts), "reference", "grouped" or "fused".
     dispatcher: moves rows to experts and back; None = Local().
     aux_scale: the gradient that attached losses enter with, for losses computed outside the model
         (a float, or a callable evaluated in backward); None = read off `out.loss`.

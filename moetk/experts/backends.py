@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import functools
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.resources import files
@@ -16,17 +17,18 @@ import torch
 from torch import Tensor
 
 from moetk.errors import BackendError
+from moetk.experts.fused import fused, why_not_fused
 from moetk.experts.grouped import grouped
 from moetk.experts.reference import reference
 from moetk.experts.spec import BankSpec, BankWeights
-from moetk.routing import Routing
+from moetk.routing import Routing, TokenChoice
 
 Run = Callable[[BankSpec, BankWeights, Tensor, Routing], Tensor]
 
 
 @dataclass(frozen=True)
 class Backend:
-    """One way to compute a bank; `why_not(dtype, device)` is None where it runs."""
+    """One way to compute a bank; `why_not` is None where it runs."""
 
     name: str
     run: Run
@@ -34,22 +36,74 @@ class Backend:
     dtypes: tuple[torch.dtype, ...]
     device_types: tuple[str, ...] = ("cpu", "cuda")
 
-    def why_not(self, dtype: torch.dtype, device: torch.device) -> str | None:
+    def why_not(
+        self,
+        dtype: torch.dtype,
+        device: torch.device,
+        spec: BankSpec | None = None,
+        routing: type = TokenChoice,
+    ) -> str | None:
         reasons = []
         if dtype not in self.dtypes:
             needs = " or ".join(str(d).removeprefix("torch.") for d in self.dtypes)
             reasons.append(f"dtype {str(dtype).removeprefix('torch.')}, needs {needs}")
         if device.type not in self.device_types:
             reasons.append(f"device {device.type}, needs {' or '.join(self.device_types)}")
-        if self.name == "reference" and torch.compiler.is_compiling():
-            reasons.append("its loop over the rows of each expert cannot be compiled")
+        if not reasons:
+            reasons += self.also_needs(dtype, device, spec, routing)
         return "; ".join(reasons) or None
+
+    def also_needs(
+        self, dtype: torch.dtype, device: torch.device, spec: BankSpec | None, routing: type
+    ) -> list[str]:
+        """What else keeps it from running, on a dtype and device that it takes."""
+        return []
+
+
+class _Reference(Backend):
+    def also_needs(self, *_: object) -> list[str]:
+        if torch.compiler.is_compiling():
+            return ["its loop over the rows of each expert cannot be compiled"]
+        return []
+
+
+class _Fused(Backend):
+    def also_needs(
+        self, dtype: torch.dtype, device: torch.device, spec: BankSpec | None, routing: type
+    ) -> list[str]:
+        reasons = [_lacks_hopper(device)]
+        if routing is not TokenChoice:
+            reasons.append(f"it reads a TokenChoice, the router returns a {routing.__name__}")
+        if spec is not None:
+            reasons.append(why_not_fused(spec, dtype))
+        return [reason for reason in reasons if reason]
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _lacks_hopper(device: torch.device) -> str | None:
+    return _lacks(device)
+
+
+@functools.cache
+def _lacks(device: torch.device) -> str | None:
+    """The kernels read weights with the copy engine that came with compute capability 9.0."""
+    if importlib.util.find_spec("triton") is None:
+        return "needs the package triton"
+    major, minor = torch.cuda.get_device_capability(device)
+    return None if major >= 9 else f"compute capability {major}.{minor}, needs 9.0"
 
 
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-REFERENCE = Backend("reference", reference, "a loop over experts in plain torch", _FLOATS)
+REFERENCE = _Reference("reference", reference, "a loop over experts in plain torch", _FLOATS)
 GROUPED = Backend("grouped", grouped, "two grouped matrix products over sorted rows", _FLOATS)
-_BACKENDS = {backend.name: backend for backend in (REFERENCE, GROUPED)}
+FUSED = _Fused(
+    "fused",
+    fused,
+    "one operator that keeps its input and the up product",
+    (torch.bfloat16, torch.float16),
+    ("cuda",),
+)
+_BACKENDS = {backend.name: backend for backend in (REFERENCE, GROUPED, FUSED)}
 
 
 def backends() -> tuple[Backend, ...]:
@@ -102,21 +156,28 @@ def check_backend_name(name: str) -> None:
 
 
 def pick_backend(
-    name: str, dtype: torch.dtype, device: torch.device, num_rows: int, where: object = "the bank"
+    name: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    num_rows: int,
+    where: object = "the bank",
+    spec: BankSpec | None = None,
+    routing: type = TokenChoice,
 ) -> Backend:
     """The backend of that name, or the table's for "auto".
 
-    Raises BackendError when the one asked for cannot run here: nothing falls back silently.
+    auto takes `grouped` where the table's choice cannot compute this spec or routing. Raises
+    BackendError when the one asked for by name cannot run here: nothing falls back silently.
     """
     if name == "auto":
+        picked = _BACKENDS[auto_row(device.type, dtype, num_rows).backend]
         # The loop of `reference` cannot be traced, whatever the table says.
-        compiling = torch.compiler.is_compiling()
-        return GROUPED if compiling else _BACKENDS[auto_row(device.type, dtype, num_rows).backend]
+        return GROUPED if picked.why_not(dtype, device, spec, routing) else picked
     check_backend_name(name)
     backend = _BACKENDS[name]
-    reason = backend.why_not(dtype, device)
+    reason = backend.why_not(dtype, device, spec, routing)
     if reason is not None:
-        here = pick_backend("auto", dtype, device, num_rows).name
+        here = pick_backend("auto", dtype, device, num_rows, spec=spec, routing=routing).name
         raise BackendError(
             f'backend="{name}" cannot run {where}: {reason}. Use backend="auto" (here: "{here}") '
             "or see Replacement.explain()."

@@ -45,7 +45,7 @@ def bank_forward(
             f"is a {type(routing).__name__}."
         )
     num_rows = routing.experts_TK.numel() if isinstance(routing, TokenChoice) else len(x_TH)
-    chosen = pick_backend(backend, weights.dtype, x_TH.device, num_rows, where)
+    chosen = pick_backend(backend, weights.dtype, x_TH.device, num_rows, where, spec, type(routing))
     y_TH = chosen.run(spec, weights, x_TH, routing)
     return _add_special(spec, x_TH, y_TH, routing) if spec.special else y_TH
 
@@ -76,7 +76,7 @@ class ExpertBank(nn.Module):
     down_proj_bias (E, H): the names, and for the default spec the layouts, of transformers.
     Initialised as torch initialises a Linear of the same fan-in.
     spec: replaces the default SwiGLU spec of the three sizes (activation, layout, special experts).
-    backend: "auto", "reference" or "grouped".
+    backend: "auto", "reference", "grouped" or "fused".
     """
 
     def __init__(

@@ -1,0 +1,103 @@
+"""The bank as one operator that keeps only its input and the up product.
+
+Letters: T tokens, K choices, H hidden, I expert width.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moetk.errors import BackendError, UnsupportedRoutingError
+from moetk.experts.activations import Activation, ClampedGated, GptOssGated, Plain
+from moetk.experts.spec import BankSpec, BankWeights
+from moetk.kernels.fused_mlp import Form, moe_mlp
+from moetk.kernels.sort_plan import sort_plan
+from moetk.routing import Routing, TokenChoice
+
+_NAMES: dict[Callable[..., Any], str] = {F.silu: "silu", F.gelu: "gelu", F.relu: "relu"}
+_ROW_BYTES = 16  # what the device's copy engine reads at once: H and I are whole multiples
+
+
+def fused(spec: BankSpec, weights: BankWeights, x_TH: Tensor, routing: Routing) -> Tensor:
+    """The same function as `reference`: (T, H) -> (T, H).
+
+    Raises UnsupportedRoutingError for anything but a TokenChoice, BackendError for a spec whose
+    `why_not_fused` says why.
+    """
+    if not isinstance(routing, TokenChoice):
+        raise UnsupportedRoutingError(
+            f'backend="fused" reads a TokenChoice; this router returns a {type(routing).__name__}. '
+            'Use backend="auto" or "grouped".'
+        )
+    reason = why_not_fused(spec, weights.dtype)
+    if reason is not None:
+        raise BackendError(f'backend="fused": {reason}. Use backend="auto" or "grouped".')
+    plan = sort_plan(routing.experts_TK, routing.kept_TK, spec.num_experts)
+    tensors = (
+        x_TH.to(weights.dtype),
+        routing.weights_TK,
+        weights.up,
+        weights.down,
+        weights.up_bias,
+        weights.down_bias,
+    )
+    form = form_of(spec)
+    assert form is not None
+    keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    y_TH: Tensor = moe_mlp(
+        *tensors,
+        plan.choice_N,
+        plan.source_N,
+        plan.slot_TK,
+        plan.offsets_E,
+        form.act,
+        form.gated,
+        form.interleaved,
+        form.transposed,
+        form.alpha,
+        form.limit,
+        keep,
+    )[0]
+    return y_TH.to(x_TH.dtype)
+
+
+@functools.cache
+def why_not_fused(spec: BankSpec, dtype: torch.dtype) -> str | None:
+    """What keeps the fused operator from this spec, or None where it runs."""
+    if form_of(spec) is None:
+        return f"it has no kernel for {spec.activation}"
+    if spec.scale == "input":
+        return 'scale="input" multiplies rows before the up product, which it does not'
+    lanes = _ROW_BYTES // dtype.itemsize
+    for name, size in (("H", spec.hidden_size), ("I", spec.intermediate_size)):
+        if size % lanes:
+            return f"{name}={size} is no multiple of {lanes}, 16 bytes of {dtype}"
+    return None
+
+
+@functools.cache
+def form_of(spec: BankSpec) -> Form | None:
+    """The spec as plain values, or None where no kernel computes its activation."""
+    activation = spec.activation
+    layout = {"interleaved": spec.interleaved and spec.gated, "transposed": spec.transposed}
+    if isinstance(activation, GptOssGated):
+        return Form("gpt_oss", alpha=activation.alpha, limit=activation.limit, **layout)
+    act = _act_name(activation)
+    if act is None:
+        return None
+    limit = activation.limit if isinstance(activation, ClampedGated) else 0.0
+    return Form(act, gated=not isinstance(activation, Plain), limit=limit, **layout)
+
+
+def _act_name(activation: Activation) -> str | None:
+    assert not isinstance(activation, GptOssGated)
+    act = activation.act
+    if isinstance(act, functools.partial) and act.func is F.gelu:
+        return "gelu_tanh" if act.keywords == {"approximate": "tanh"} else None
+    return _NAMES.get(act)

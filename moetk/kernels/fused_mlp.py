@@ -1,0 +1,355 @@
+"""The experts of a layer as two operators: a forward that keeps only x and the up product, and the
+backward, which recomputes the activation.
+
+The graph is SonicMoE's (arXiv 2512.14080, section 4): rows are gathered inside the products, the
+routing weight multiplies the rows of the down product as they are summed, and its gradient is
+<d_a, a>, so that neither the gathered rows, the activation nor the unsummed output is kept.
+
+On a CPU both operators run the plain composition below, which states what the kernels compute; on
+CUDA they run `moetk.kernels.gpu`.
+
+Letters: T tokens, K choices a token, N = T * K rows in expert order, E experts, H hidden, I expert
+width, J = 2I for gated activations, else I.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moetk.kernels.gather_sum import gather_sum
+from moetk.kernels.grouped_mm import grouped_mm, grouped_outer
+from moetk.kernels.sort_plan import SortPlan
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "gelu": F.gelu, "relu": F.relu}
+
+
+@dataclass(frozen=True)
+class Form:
+    """What stands between the matrices, and how they lie, as plain values that an operator takes.
+
+    act: "silu", "gelu", "gelu_tanh", "relu", or "gpt_oss" (arXiv 2508.10925, with alpha).
+    limit: the clamp of gate and up, 0 = none. gated, interleaved, transposed: as in BankSpec.
+    """
+
+    act: str = "silu"
+    gated: bool = True
+    interleaved: bool = False
+    transposed: bool = False
+    alpha: float = 0.0
+    limit: float = 0.0
+
+    def activate(self, h_NJ: Tensor) -> Tensor:
+        """(N, J) -> (N, I) in the dtype of h."""
+        if not self.gated:
+            return _act(h_NJ, self.act)
+        gate, up = self._clamped(*self._halves(h_NJ))
+        if self.act == "gpt_oss":
+            return (up + 1) * (gate * torch.sigmoid(gate * self.alpha))
+        return _act(gate, self.act) * up
+
+    def backward(self, h_NJ: Tensor, da_NI: Tensor) -> Tensor:
+        """The gradient of h from the activation's: (N, J) in the dtype of h."""
+        if not self.gated:
+            return da_NI * _slope(h_NJ, self.act)
+        raw_gate, raw_up = self._halves(h_NJ)
+        gate, up = self._clamped(raw_gate, raw_up)
+        if self.act == "gpt_oss":
+            open_ = torch.sigmoid(gate * self.alpha)
+            by_up = gate * open_
+            by_gate = (up + 1) * (open_ + self.alpha * by_up * (1 - open_))
+        else:
+            by_gate, by_up = _slope(gate, self.act) * up, _act(gate, self.act)
+        if self.limit:  # at a bound the gradient passes, as in torch.clamp
+            by_gate = by_gate.masked_fill(raw_gate > self.limit, 0)
+            by_up = by_up.masked_fill(raw_up.abs() > self.limit, 0)
+        halves = da_NI * by_gate, da_NI * by_up
+        return torch.stack(halves, -1).flatten(1) if self.interleaved else torch.cat(halves, -1)
+
+    def _halves(self, h_NJ: Tensor) -> tuple[Tensor, Tensor]:
+        if self.interleaved:
+            return h_NJ[:, ::2], h_NJ[:, 1::2]
+        gate, up = h_NJ.chunk(2, -1)
+        return gate, up
+
+    def _clamped(self, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+        if not self.limit:
+            return gate, up
+        return gate.clamp(max=self.limit), up.clamp(-self.limit, self.limit)
+
+    def columns(self, weights: Tensor) -> Tensor:
+        """The view (E, in, out) of a stack of matrices."""
+        return weights if self.transposed else weights.transpose(1, 2)
+
+
+def _act(z: Tensor, act: str) -> Tensor:
+    if act == "gelu_tanh":
+        return F.gelu(z, approximate="tanh")
+    return ACTIVATIONS[act](z)
+
+
+def _slope(z: Tensor, act: str) -> Tensor:
+    if act == "relu":
+        return (z > 0).to(z.dtype)
+    if act == "silu":
+        s = torch.sigmoid(z)
+        return s + z * s * (1 - s)
+    if act == "gelu":
+        bell = torch.exp(-0.5 * z * z) * math.sqrt(0.5 / math.pi)
+        return 0.5 * (1 + torch.erf(z * math.sqrt(0.5))) + z * bell
+    c = 2 * math.sqrt(2 / math.pi)
+    s = torch.sigmoid(c * (z + 0.044715 * z**3))
+    return s + z * s * (1 - s) * c * (1 + 3 * 0.044715 * z * z)
+
+
+def row_experts(offsets_E: Tensor, num_rows: int) -> Tensor:
+    """(N,) int64: the expert of each row; E behind the last offset."""
+    rows_N = torch.arange(num_rows, device=offsets_E.device, dtype=torch.int32)
+    return torch.searchsorted(offsets_E, rows_N, right=True)
+
+
+def bias_rows(bias_EB: Tensor, offsets_E: Tensor, num_rows: int) -> Tensor:
+    """(N, B): the bias of each row's expert; 0 where the row is nobody's."""
+    experts_N = row_experts(offsets_E, num_rows)
+    bias_NB = bias_EB.index_select(0, experts_N.clamp(max=len(bias_EB) - 1))
+    return bias_NB.masked_fill((experts_N == len(bias_EB))[:, None], 0)
+
+
+def segment_sum(rows_NB: Tensor, offsets_E: Tensor) -> Tensor:
+    """(E, B): the sum of each expert's rows."""
+    num_experts = len(offsets_E)
+    sums_EB = rows_NB.new_zeros(num_experts + 1, rows_NB.shape[1])
+    return sums_EB.index_add(0, row_experts(offsets_E, len(rows_NB)), rows_NB)[:num_experts]
+
+
+@torch.library.custom_op("moetk::moe_mlp", mutates_args=())
+def moe_mlp(
+    x_TH: Tensor,
+    weights_TK: Tensor,
+    up: Tensor,
+    down: Tensor,
+    up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    choice_N: Tensor,
+    source_N: Tensor,
+    slot_TK: Tensor,
+    offsets_E: Tensor,
+    act: str,
+    gated: bool,
+    interleaved: bool,
+    transposed: bool,
+    alpha: float,
+    limit: float,
+    keep: bool,
+) -> tuple[Tensor, Tensor]:
+    """y (T, H) and, with keep, the up product h (N, J) that backward needs, else (0, J).
+
+    x, up, down and the biases share a dtype, which y and h have; weights_TK is floating, the plan
+    (`SortPlan`) int32. Rows behind offsets_E[-1] belong to unused choices and are not computed.
+    """
+    form = Form(act, gated, interleaved, transposed, alpha, limit)
+    num_rows = len(source_N)
+    h_NJ = grouped_mm(x_TH.index_select(0, source_N), form.columns(up), offsets_E)
+    if up_bias is not None:
+        h_NJ = h_NJ + bias_rows(up_bias, offsets_E, num_rows)
+    o_NH = grouped_mm(form.activate(h_NJ), form.columns(down), offsets_E)
+    if down_bias is not None:
+        o_NH = o_NH + bias_rows(down_bias, offsets_E, num_rows)
+    y_TH = gather_sum(o_NH, slot_TK, weights_TK).to(x_TH.dtype)
+    return y_TH, h_NJ if keep else h_NJ[:0].clone()
+
+
+@moe_mlp.register_kernel("cuda")
+def _(
+    x_TH: Tensor,
+    weights_TK: Tensor,
+    up: Tensor,
+    down: Tensor,
+    up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    choice_N: Tensor,
+    source_N: Tensor,
+    slot_TK: Tensor,
+    offsets_E: Tensor,
+    act: str,
+    gated: bool,
+    interleaved: bool,
+    transposed: bool,
+    alpha: float,
+    limit: float,
+    keep: bool,
+) -> tuple[Tensor, Tensor]:
+    from moetk.kernels.gpu import mlp
+
+    form = Form(act, gated, interleaved, transposed, alpha, limit)
+    plan = SortPlan(choice_N, source_N, slot_TK, offsets_E)
+    return mlp.forward(x_TH, weights_TK, up, down, up_bias, down_bias, plan, form, keep)
+
+
+@moe_mlp.register_fake
+def _(
+    x_TH: Tensor,
+    weights_TK: Tensor,
+    up: Tensor,
+    down: Tensor,
+    up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    choice_N: Tensor,
+    source_N: Tensor,
+    slot_TK: Tensor,
+    offsets_E: Tensor,
+    act: str,
+    gated: bool,
+    interleaved: bool,
+    transposed: bool,
+    alpha: float,
+    limit: float,
+    keep: bool,
+) -> tuple[Tensor, Tensor]:
+    up_width = up.shape[2] if transposed else up.shape[1]
+    return x_TH.new_empty(x_TH.shape), x_TH.new_empty(len(source_N) if keep else 0, up_width)
+
+
+@torch.library.custom_op("moetk::moe_mlp_backward", mutates_args=())
+def moe_mlp_backward(
+    dy_TH: Tensor,
+    h_NJ: Tensor,
+    x_TH: Tensor,
+    weights_TK: Tensor,
+    up: Tensor,
+    down: Tensor,
+    up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    choice_N: Tensor,
+    source_N: Tensor,
+    slot_TK: Tensor,
+    offsets_E: Tensor,
+    act: str,
+    gated: bool,
+    interleaved: bool,
+    transposed: bool,
+    alpha: float,
+    limit: float,
+    need: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of x, weights, up, down, up_bias, down_bias, each in its tensor's dtype and
+    shape; (0,) where `need` says that nobody wants it."""
+    form = Form(act, gated, interleaved, transposed, alpha, limit)
+    num_rows, empty = len(source_N), x_TH.new_empty(0)
+    dx = dweights = dup = ddown = dup_bias = ddown_bias = empty
+    dy_NH = dy_TH.index_select(0, source_N)
+    w_N = weights_TK.flatten().index_select(0, choice_N)
+    w_N = w_N.masked_fill(row_experts(offsets_E, num_rows) == len(offsets_E), 0)[:, None]
+    a_NI = form.activate(h_NJ)
+    da_NI = grouped_mm(dy_NH, form.columns(down).transpose(1, 2), offsets_E)
+    if need[1]:
+        wide = torch.promote_types(da_NI.dtype, weights_TK.dtype)
+        dw_N = (da_NI.to(wide) * a_NI).sum(-1)
+        if down_bias is not None:
+            dw_N = dw_N + (bias_rows(down_bias, offsets_E, num_rows) * dy_NH).sum(-1)
+        dweights = dw_N.index_select(0, slot_TK.flatten()).view(slot_TK.shape).to(weights_TK.dtype)
+    if need[3]:
+        left, right = dy_NH, (a_NI * w_N).to(down.dtype)
+        pair = (right, left) if form.transposed else (left, right)
+        ddown = grouped_outer(*pair, offsets_E)
+    if need[5]:
+        ddown_bias = segment_sum((dy_NH * w_N).to(dy_NH.dtype), offsets_E)
+    if need[0] or need[2] or need[4]:
+        dh_NJ = form.backward(h_NJ, (da_NI * w_N).to(h_NJ.dtype))
+        if need[2]:
+            rows_NH = x_TH.index_select(0, source_N)
+            pair = (rows_NH, dh_NJ) if form.transposed else (dh_NJ, rows_NH)
+            dup = grouped_outer(*pair, offsets_E)
+        if need[4]:
+            dup_bias = segment_sum(dh_NJ, offsets_E)
+        if need[0]:
+            dx_NH = grouped_mm(dh_NJ, form.columns(up).transpose(1, 2), offsets_E)
+            dx = gather_sum(dx_NH, slot_TK, None)
+    given = (dx, dweights, dup, ddown, dup_bias, ddown_bias)
+    outs = [grad if grad is not empty else empty.clone() for grad in given]
+    return outs[0], outs[1], outs[2], outs[3], outs[4], outs[5]
+
+
+@moe_mlp_backward.register_kernel("cuda")
+def _(
+    dy_TH: Tensor,
+    h_NJ: Tensor,
+    x_TH: Tensor,
+    weights_TK: Tensor,
+    up: Tensor,
+    down: Tensor,
+    up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    choice_N: Tensor,
+    source_N: Tensor,
+    slot_TK: Tensor,
+    offsets_E: Tensor,
+    act: str,
+    gated: bool,
+    interleaved: bool,
+    transposed: bool,
+    alpha: float,
+    limit: float,
+    need: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    from moetk.kernels.gpu import mlp
+
+    form = Form(act, gated, interleaved, transposed, alpha, limit)
+    plan = SortPlan(choice_N, source_N, slot_TK, offsets_E)
+    return mlp.backward(
+        dy_TH, h_NJ, x_TH, weights_TK, up, down, up_bias, down_bias, plan, form, need
+    )
+
+
+@moe_mlp_backward.register_fake
+def _(
+    dy_TH: Tensor,
+    h_NJ: Tensor,
+    x_TH: Tensor,
+    weights_TK: Tensor,
+    up: Tensor,
+    down: Tensor,
+    up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    choice_N: Tensor,
+    source_N: Tensor,
+    slot_TK: Tensor,
+    offsets_E: Tensor,
+    act: str,
+    gated: bool,
+    interleaved: bool,
+    transposed: bool,
+    alpha: float,
+    limit: float,
+    need: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    tensors = (x_TH, weights_TK, up, down, up_bias, down_bias)
+    outs = [
+        t.new_empty(t.shape) if t is not None and wanted else x_TH.new_empty(0)
+        for t, wanted in zip(tensors, need, strict=True)
+    ]
+    return outs[0], outs[1], outs[2], outs[3], outs[4], outs[5]
+
+
+def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    ctx.set_materialize_grads(False)  # else h gets a gradient of zeros, of its full size
+    *tensors, ctx.act, ctx.gated, ctx.interleaved, ctx.transposed, ctx.alpha, ctx.limit, _ = inputs
+    ctx.save_for_backward(output[1], *tensors)
+
+
+def _backward(ctx, dy_TH, _):  # type: ignore[no-untyped-def]
+    wanted = ctx.needs_input_grad[:6]
+    if dy_TH is None or not any(wanted):
+        return (None,) * 17
+    form = (ctx.act, ctx.gated, ctx.interleaved, ctx.transposed, ctx.alpha, ctx.limit)
+    grads = moe_mlp_backward(dy_TH, *ctx.saved_tensors, *form, list(wanted))
+    taken = [grad if want else None for grad, want in zip(grads, wanted, strict=True)]
+    return (*taken, *(None,) * 11)
+
+
+moe_mlp.register_autograd(_backward, setup_context=_setup_context)

@@ -1,0 +1,144 @@
+"""Each expert's sum of outer products over its rows: the gradients of its matrices.
+
+Twin: `moetk.kernels.grouped_mm.grouped_outer`.
+
+Letters: N rows in expert order, T tokens, E experts, A and B the two widths.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from moetk.kernels.gpu.launch import launch
+from moetk.kernels.gpu.tiles import Tile, in_groups, tile_for
+
+
+@triton.jit
+def _outer(
+    left_desc,
+    right_desc,
+    gathered_ptr,
+    source_ptr,
+    offsets_ptr,
+    c_ptr,
+    A: tl.constexpr,
+    B: tl.constexpr,
+    GATHER: tl.constexpr,
+    ADD: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    GM: tl.constexpr,
+):
+    num_m: tl.constexpr = (A + BM - 1) // BM
+    num_n: tl.constexpr = (B + BN - 1) // BN
+    pid = tl.program_id(0)
+    expert = pid // (num_m * num_n)
+    pm, pn = in_groups(pid % (num_m * num_n), num_m, num_n, GM)
+    start = tl.where(expert > 0, tl.load(offsets_ptr + tl.maximum(expert - 1, 0)), 0)
+    end = tl.load(offsets_ptr + expert)
+    k_range = tl.arange(0, BK)
+    width: tl.constexpr = A if GATHER == "left" else B
+    if GATHER == "left":
+        columns = pm * BM + tl.arange(0, BM)
+    else:
+        columns = pn * BN + tl.arange(0, BN)
+    inside = (columns < width)[None, :]
+    acc = tl.zeros((BM, BN), tl.float32)
+    whole = start + (end - start) // BK * BK
+    for row in range(start, whole, BK):
+        if GATHER == "none":
+            left = left_desc.load([row, pm * BM])
+            right = right_desc.load([row, pn * BN])
+        else:
+            source = tl.load(source_ptr + row + k_range).to(tl.int64)
+            pointers = gathered_ptr + source[:, None] * width + columns[None, :]
+            if width % (BM if GATHER == "left" else BN) == 0:
+                rows = tl.load(pointers)
+            else:
+                rows = tl.load(pointers, mask=inside, other=0.0)
+            if GATHER == "left":
+                left = rows
+                right = right_desc.load([row, pn * BN])
+            else:
+                left = left_desc.load([row, pm * BM])
+                right = rows
+        acc = tl.dot(left.T, right, acc)
+    if whole < end:
+        # Selected, not multiplied away: the rows behind are another expert's, or nobody's NaN.
+        mine = (whole + k_range < end)[:, None]
+        if GATHER == "none":
+            left = tl.where(mine, left_desc.load([whole, pm * BM]), 0.0)
+            right = tl.where(mine, right_desc.load([whole, pn * BN]), 0.0)
+        else:
+            source = tl.load(source_ptr + tl.minimum(whole + k_range, end - 1)).to(tl.int64)
+            pointers = gathered_ptr + source[:, None] * width + columns[None, :]
+            rows = tl.load(pointers, mask=mine & inside, other=0.0)
+            if GATHER == "left":
+                left = rows
+                right = tl.where(mine, right_desc.load([whole, pn * BN]), 0.0)
+            else:
+                left = tl.where(mine, left_desc.load([whole, pm * BM]), 0.0)
+                right = rows
+        acc = tl.dot(left.T, right, acc)
+    m = pm * BM + tl.arange(0, BM)
+    n = pn * BN + tl.arange(0, BN)
+    c = c_ptr + expert.to(tl.int64) * A * B + m[:, None].to(tl.int64) * B + n[None, :]
+    ok = (m < A)[:, None] & (n < B)[None, :]
+    if ADD:
+        acc += tl.load(c, mask=ok, other=0.0).to(tl.float32)
+    tl.store(c, acc.to(c_ptr.dtype.element_ty), mask=ok)
+
+
+def outer(
+    kernel: str,
+    left: Tensor,
+    right: Tensor,
+    offsets_E: Tensor,
+    *,
+    source_N: Tensor | None = None,
+    gather: str = "none",
+    into_EAB: Tensor | None = None,
+    tile: Tile | None = None,
+) -> Tensor:
+    """(E, A, B): for each expert the sum over its rows of left[row] x right[row], in their dtype.
+
+    gather: which of the two, "left" or "right", is (T, width) and read at source_N; the other, and
+    with "none" both, are (N, width). into: is added to, in place, with one rounding, and returned;
+    None = a new tensor. kernel: its name in the table of tiles. An expert without
+    rows gets zeros. Sums run in the order of the rows, in fp32, without atomics.
+    """
+    num_experts, (a, b) = len(offsets_E), (left.shape[1], right.shape[1])
+    num_rows = len(right) if gather != "right" else len(left)
+    tile = tile or tile_for(kernel, num_rows, num_experts, b, a)
+    c_EAB = left.new_empty(num_experts, a, b) if into_EAB is None else into_EAB
+    gathered = left if gather == "left" else right
+    # A gathered operand needs no descriptor; the other's stands in for it.
+    left_desc = None if gather == "left" else TensorDescriptor.from_tensor(left, [tile.k, tile.m])
+    right_desc = (
+        None if gather == "right" else TensorDescriptor.from_tensor(right, [tile.k, tile.n])
+    )
+    launch(
+        _outer,
+        (num_experts * triton.cdiv(a, tile.m) * triton.cdiv(b, tile.n),),
+        left_desc or right_desc,
+        right_desc or left_desc,
+        gathered,
+        offsets_E if source_N is None else source_N,
+        offsets_E,
+        c_EAB,
+        a,
+        b,
+        gather,
+        into_EAB is not None,
+        tile.m,
+        tile.n,
+        tile.k,
+        tile.group,
+        warps=tile.warps,
+        stages=tile.stages,
+    )
+    return c_EAB

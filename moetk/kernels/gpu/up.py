@@ -1,0 +1,188 @@
+"""Gather rows, multiply by each expert's up matrix, activate: one kernel.
+
+Letters: T tokens, N rows in expert order, E experts, H hidden, I expert width, J up width.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from moetk.kernels.fused_mlp import Form
+from moetk.kernels.gpu.activation import _act, gated
+from moetk.kernels.gpu.launch import launch
+from moetk.kernels.gpu.tiles import (
+    Tile,
+    find_tile,
+    grid_rows,
+    in_groups,
+    matrix,
+    padded,
+    tile_for,
+)
+
+
+@triton.jit
+def _up(
+    x_ptr,
+    source_ptr,
+    w_desc,
+    bias_ptr,
+    offsets_ptr,
+    h_ptr,
+    a_ptr,
+    H: tl.constexpr,
+    I: tl.constexpr,
+    E: tl.constexpr,
+    EP: tl.constexpr,
+    NT: tl.constexpr,
+    GATED: tl.constexpr,
+    SPLIT: tl.constexpr,
+    BIAS: tl.constexpr,
+    KEEP: tl.constexpr,
+    ACT: tl.constexpr,
+    ALPHA: tl.constexpr,
+    LIMIT: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    GM: tl.constexpr,
+):
+    J: tl.constexpr = 2 * I if GATED else I
+    WN: tl.constexpr = 2 * BN if GATED else BN  # columns of one tile of h
+    num_n: tl.constexpr = (I + BN - 1) // BN
+    expert, tile, start, end, num_m = find_tile(offsets_ptr, tl.program_id(0), num_n, E, EP, BM)
+    if expert >= E:
+        return
+    pm, pn = in_groups(tile, num_m, num_n, GM)
+    rows = start + pm * BM + tl.arange(0, BM)
+    # Clamped, not masked: a mask would cost the copies their width; the store has it.
+    source = tl.load(source_ptr + tl.minimum(rows, end - 1))
+    k_range = tl.arange(0, BK)
+    x_rows = x_ptr + source[:, None].to(tl.int64) * H + k_range[None, :]
+    acc = tl.zeros((BM, WN), tl.float32)
+    for k in range(0, H, BK):
+        if H % BK == 0:
+            x = tl.load(x_rows + k)
+        else:
+            x = tl.load(x_rows + k, mask=(k + k_range < H)[None, :], other=0.0)
+        # Gate and up in one tile: one product of twice the width reads x from shared memory once.
+        if SPLIT and NT:
+            w = tl.reshape(w_desc.load([expert * 2, pn * BN, k]), (WN, BK)).T
+        elif SPLIT:
+            w = tl.reshape(w_desc.load([expert * H + k, 0, pn * BN]), (BK, WN))
+        elif NT:
+            w = w_desc.load([expert * J + pn * WN, k]).T
+        else:
+            w = w_desc.load([expert * H + k, pn * WN])
+        acc = tl.dot(x, w, acc)
+
+    dtype = h_ptr.dtype.element_ty
+    r64 = rows[:, None].to(tl.int64)
+    columns = pn * BN + tl.arange(0, BN)
+    ok = (rows < end)[:, None] & (columns < I)[None, :]
+    # The activation sees what backward will see again: the rounded product.
+    if not GATED:
+        if BIAS:
+            bias = tl.load(bias_ptr + expert * J + columns, mask=columns < I, other=0.0)
+            acc += bias.to(tl.float32)[None, :]
+        h = acc.to(dtype)
+        if KEEP:
+            tl.store(h_ptr + r64 * J + columns[None, :], h, mask=ok)
+        a = _act(h.to(tl.float32), ACT)
+    else:
+        if SPLIT:
+            gate, up = tl.split(tl.permute(tl.reshape(acc, (BM, 2, BN)), (0, 2, 1)))
+            gate_columns = columns
+            up_columns = I + columns
+        else:
+            gate, up = tl.split(tl.reshape(acc, (BM, BN, 2)))
+            gate_columns = 2 * columns
+            up_columns = 2 * columns + 1
+        if BIAS:
+            b = bias_ptr + expert * J
+            gate += tl.load(b + gate_columns, mask=columns < I, other=0.0).to(tl.float32)[None, :]
+            up += tl.load(b + up_columns, mask=columns < I, other=0.0).to(tl.float32)[None, :]
+        gate = gate.to(dtype)
+        up = up.to(dtype)
+        if KEEP and SPLIT:
+            tl.store(h_ptr + r64 * J + gate_columns[None, :], gate, mask=ok)
+            tl.store(h_ptr + r64 * J + up_columns[None, :], up, mask=ok)
+        elif KEEP:
+            h = tl.reshape(tl.join(gate, up), (BM, WN))
+            h_columns = pn * WN + tl.arange(0, WN)
+            h_ok = (rows < end)[:, None] & (h_columns < J)[None, :]
+            tl.store(h_ptr + r64 * J + h_columns[None, :], h, mask=h_ok)
+        a = gated(gate.to(tl.float32), up.to(tl.float32), ACT, ALPHA, LIMIT)
+    tl.store(a_ptr + r64 * I + columns[None, :], a.to(dtype), mask=ok)
+
+
+def _descriptor(up: Tensor, form: Form, n: int, k: int) -> TensorDescriptor:
+    """One tile of it holds the gate's columns and, beside them, the same columns of up."""
+    experts, (rows, columns) = len(up), up.shape[1:]
+    if form.gated and not form.interleaved and form.transposed:
+        half = columns // 2
+        shape, block = [experts * rows, 2, half], [k, 2, n]
+        return TensorDescriptor(up, shape, [columns, half, 1], block)
+    if form.gated and not form.interleaved:
+        half = rows // 2
+        shape, block = [experts * 2, half, columns], [2, n, k]
+        return TensorDescriptor(up, shape, [half * columns, columns, 1], block)
+    width = 2 * n if form.gated else n
+    block = [k, width] if form.transposed else [width, k]
+    return TensorDescriptor.from_tensor(matrix(up), block)
+
+
+def up_activate(
+    x_TH: Tensor,
+    source_N: Tensor,
+    up: Tensor,
+    up_bias: Tensor | None,
+    offsets_E: Tensor,
+    form: Form,
+    *,
+    keep: bool,
+    tile: Tile | None = None,
+) -> tuple[Tensor, Tensor]:
+    """h (N, J) = x[source] times its expert's matrix, plus bias, and a (N, I) = activation(h).
+
+    keep: write h; else it comes back empty, (0, J). Rows behind the last offset are not written.
+    """
+    num_rows, num_experts, hidden = len(source_N), len(offsets_E), x_TH.shape[1]
+    up_width = up.shape[2] if form.transposed else up.shape[1]
+    width = up_width // 2 if form.gated else up_width
+    h_NJ = x_TH.new_empty(num_rows if keep else 0, up_width)
+    a_NI = x_TH.new_empty(num_rows, width)
+    tile = tile or tile_for("up", num_rows, num_experts, width, hidden)
+    launch(
+        _up,
+        (grid_rows(num_rows, num_experts, tile.m) * triton.cdiv(width, tile.n),),
+        x_TH,
+        source_N,
+        _descriptor(up.contiguous(), form, tile.n, tile.k),
+        x_TH if up_bias is None else up_bias,
+        offsets_E,
+        h_NJ if keep else a_NI,
+        a_NI,
+        hidden,
+        width,
+        num_experts,
+        padded(num_experts),
+        not form.transposed,
+        form.gated,
+        form.gated and not form.interleaved,
+        up_bias is not None,
+        keep,
+        form.act,
+        form.alpha,
+        form.limit,
+        tile.m,
+        tile.n,
+        tile.k,
+        tile.group,
+        warps=tile.warps,
+        stages=tile.stages,
+    )
+    return h_NJ, a_NI

@@ -190,6 +190,15 @@ def _in_float64(router: LinearRouter, name: str, k: int) -> LinearRouter:
     return twin  # type: ignore[no-any-return]
 
 
+def test_steps_of_several_routers_compose():
+    recipe = Recipe("softmax", over_chosen=True, renormalise=True, eps=0.5, scale=3.0)
+    logits_TE = normal(0, 6, E).double().requires_grad_()
+    dweights_TK = normal(1, 6, K).double()
+    weights = (run(logits_TE, None, K, recipe)[1] for run in (choose, choose_in_torch))
+    (got,), (want,) = (gradients(weights_TK, [logits_TE], dweights_TK) for weights_TK in weights)
+    assert float((got - want).norm()) <= floor(torch.float64, E * K) * float(dweights_TK.norm())
+
+
 def test_scores_that_underflow_have_a_gradient():
     """sqrt(softplus(-200)) is 0 in fp32, and torch's chain of it is 0 * inf."""
     logits_TE = torch.tensor([[1.0, -200.0, 0.5, -300.0]], requires_grad=True)

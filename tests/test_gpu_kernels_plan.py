@@ -30,6 +30,7 @@ RECIPES = {
     "softmax": Recipe("softmax", renormalise=True),
     "softmax, sum kept": Recipe("softmax", score_dtype=torch.float32),
     "softmax over chosen": Recipe("identity", over_chosen=True),
+    "softmax twice": Recipe("softmax", over_chosen=True, renormalise=True, eps=0.5),
     "sigmoid": Recipe("sigmoid", renormalise=True, eps=1e-20, scale=2.5),
     "sigmoid in groups": Recipe(
         "sigmoid", groups=3, top_groups=2, renormalise=True, eps=1e-20, scale=2.5

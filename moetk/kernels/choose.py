@@ -72,14 +72,12 @@ def choose_backward_in_torch(
     wide_TE = logits_TE.to(score_dtype).to(wide)
     scores_TE = _scores(wide_TE, recipe.score)
     chosen_TK = scores_TE.gather(1, experts_TK)
-    if recipe.over_chosen:
-        weights_TK = chosen_TK.softmax(-1)
+    weights_TK = chosen_TK.softmax(-1) if recipe.over_chosen else chosen_TK
     dweights_TK = dweights_TK.to(wide) * recipe.scale
     if recipe.renormalise:
-        source_TK = weights_TK if recipe.over_chosen else chosen_TK
-        total_T1 = source_TK.sum(-1, keepdim=True) + recipe.eps
+        total_T1 = weights_TK.sum(-1, keepdim=True) + recipe.eps
         total_T1 = total_T1 + (total_T1 == 0)
-        mean_T1 = (dweights_TK * source_TK).sum(-1, keepdim=True) / total_T1
+        mean_T1 = (dweights_TK * weights_TK).sum(-1, keepdim=True) / total_T1
         dweights_TK = (dweights_TK - mean_T1) / total_T1
     if recipe.over_chosen:
         mean_T1 = (dweights_TK * weights_TK).sum(-1, keepdim=True)

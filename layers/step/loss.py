@@ -7,6 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.loss.loss_utils import ForCausalLMLoss
+from transformers.modeling_outputs import MoeCausalLMOutputWithPast
+from transformers.utils import can_return_tuple
 
 from moetk.kernels.cross_entropy import CHUNK, linear_cross_entropy
 from moetk.layers.step.part import ACTIVE, Part, is_watched
@@ -49,17 +52,11 @@ class LossShell:
             return super().forward(  # type: ignore[misc]
                 *given, labels, use_cache, *others, **kwargs
             )
-        return _forward(self, *given, labels=labels, use_cache=use_cache, **kwargs)
+        return _without_logits(self, *given, labels=labels, use_cache=use_cache, **kwargs)
 
 
-def _forward(model: Any, *given: Any, labels: Tensor, use_cache: bool | None, **kwargs: Any) -> Any:
-    """As the stock forward, but for the logits."""
-    from transformers.utils import can_return_tuple
-
-    return can_return_tuple(_with_loss)(model, *given, labels=labels, use_cache=use_cache, **kwargs)
-
-
-def _with_loss(
+@can_return_tuple
+def _without_logits(
     model: Any,
     input_ids: Tensor | None,
     attention_mask: Tensor | None,
@@ -71,8 +68,7 @@ def _with_loss(
     use_cache: bool | None,
     **kwargs: Any,
 ) -> Any:
-    from transformers.modeling_outputs import MoeCausalLMOutputWithPast
-
+    """As the stock forward, but for the logits."""
     pooled = vars(sys.modules[own_class(model).__module__]).get("load_balancing_loss_func")
     if pooled is not None and kwargs.get("output_router_logits") is None:
         kwargs["output_router_logits"] = model.config.output_router_logits
@@ -175,8 +171,6 @@ def _captured() -> bool:
 
 
 def _why_stock(model: Any) -> str | None:
-    from transformers.loss.loss_utils import ForCausalLMLoss
-
     head = model.lm_head
     if not model.training:
         return "logits are kept outside training"

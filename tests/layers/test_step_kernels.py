@@ -115,12 +115,14 @@ def test_a_nan_token_spoils_no_other() -> None:
 KERNELS = """
 import torch
 from moetk.kernels.cross_entropy import plain_cross_entropy_
-from moetk.kernels.gpu import rope
+from moetk.kernels.gpu import norm, rope
 from moetk.kernels.gpu.cross_entropy import cross_entropy_
+from moetk.kernels.gpu.norm import rms_norm_fused
+from moetk.kernels.norm import rms_norm_plain
 from moetk.kernels.rope import Norm, rotated_plain
 
 torch.manual_seed(0)
-rope.PROGRAMS = 3  # fewer than tokens, so that each sums several
+norm.PROGRAMS = rope.PROGRAMS = 3  # fewer than rows: each sums several
 
 
 def close(ours, theirs, name):
@@ -151,6 +153,15 @@ for shape in ((2, 3, 4, 2, 8), (1, 5, 3, 1, 6), (0, 3, 4, 2, 8)):
     for kind in ("none", "head", "row"):
         for tables in {1, shape[0]}:
             check_rotation(*shape, kind, tables)
+
+for R, W in ((4, 8), (5, 6), (1, 9), (0, 8)):
+    for offset, rounds_first in ((0.0, True), (1.0, False)):
+        x, weight = torch.randn(R, W, requires_grad=True), torch.randn(W, requires_grad=True)
+        settings = (x, weight, 1e-3, offset, rounds_first)
+        ours, theirs, into = rms_norm_fused(*settings), rms_norm_plain(*settings), torch.randn(R, W)
+        mine = torch.autograd.grad(ours, (x, weight), into)
+        want = torch.autograd.grad(theirs, (x, weight), into)
+        close((ours, *mine), (theirs, *want), (R, W))
 
 for C, V in ((5, 7), (3, 9000)):
     logits, labels = 3 * torch.randn(C, V), torch.randint(0, V, (C,))

@@ -22,6 +22,7 @@ from moetk.layers.attach import Attachment
 from moetk.layers.carrier import VISIT, Carrier, Visit
 from moetk.layers.families import Family, Gate, Order, bank_weights
 from moetk.recorded import check_obeyed
+from moetk.routers.fused import choose_fused, why_not_fused
 from moetk.routing import Routing, TokenChoice, check_routing, detached
 
 SITE = "_moetk_site"
@@ -161,9 +162,7 @@ class RouterShell:
         router = self._modules.get(CUSTOM, site.function)  # type: ignore[attr-defined]
         ctx = site.context(visit, token_ids, router)
         if router is None:
-            routing = site.gate_row.router.forward(self, x_TH, ctx)
-            if site.gate_row.weight_dtype == "model":
-                routing = replace(routing, weights_TK=routing.weights_TK.to(x_TH.dtype))
+            routing: Routing = _composed(self, site, x_TH, ctx, visit)
             duplicates = site.gate_row.router.duplicates
             # A table or a recording may name any expert; a selection names those there are.
             trusted = not duplicates and ctx.replay is None
@@ -225,6 +224,36 @@ class ExpertsShell:
         if site.attachment and self.training:  # type: ignore[attr-defined]
             y_TH = site.attachment(y_TH, routing, ctx, None if visit is None else visit.forward)
         return y_TH
+
+
+def _composed(
+    gate: Any, site: Site, x_TH: Tensor, ctx: RouterContext, visit: Visit | None
+) -> TokenChoice:
+    """The family's own router: as two ops where those run and nobody reads what they leave out."""
+    row = site.gate_row
+    dtype = x_TH.dtype if row.weight_dtype == "model" else None
+    if _unread(site, visit) and why_not_fused(gate, ctx) is None:
+        return choose_fused(gate, x_TH, ctx, dtype)
+    routing: TokenChoice = row.router.forward(gate, x_TH, ctx)
+    if dtype is None:
+        return routing
+    return replace(routing, weights_TK=routing.weights_TK.to(dtype))
+
+
+_LEFT_OUT = frozenset(("scores_TE", "choice_TE"))
+
+
+def _unread(site: Site, visit: Visit | None) -> bool:
+    """No loss, controller or recording reads the scores, and the experts run on moetk's kernels:
+    who asks for another backend asks for its plain router too."""
+    if site.backend not in ("auto", "fused"):
+        return False
+    reads = site.attachment.reads
+    if reads is None or reads & _LEFT_OUT:
+        return False
+    return visit is None or not any(
+        _LEFT_OUT & frozenset(recording.fields) for recording in visit.forward.recordings
+    )
 
 
 def for_foreign_experts(routing: Routing, where: str, experts: str) -> tuple[Tensor, Tensor]:

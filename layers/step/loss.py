@@ -55,7 +55,7 @@ class LossShell:
         return _without_logits(self, *given, labels=labels, use_cache=use_cache, **kwargs)
 
 
-@can_return_tuple
+@can_return_tuple  # type: ignore[untyped-decorator]
 def _without_logits(
     model: Any,
     input_ids: Tensor | None,

@@ -86,6 +86,7 @@ def clear_choices(logits_TE: Tensor, top_k: int) -> Tensor:
 def errors_of(layer: nn.Module, x_TH: Tensor, dy_TH: Tensor, truth: Truth) -> dict[str, float]:
     """Relative Frobenius errors of y, of dx and of each gradient that the layer has under the
     block's own name; peers keep some of theirs in other layouts. The gradients are dropped."""
+    layer.zero_grad(set_to_none=True)
     x = x_TH.detach()[None].requires_grad_()
     y = layer(x)
     y.backward((dy_TH * truth.rows_T[:, None])[None])

@@ -65,8 +65,7 @@ def roofline(rows: Sequence[Row], shapes: Sequence[LayerShape]) -> bytes | None:
             mine = [(x, y) for row, x, y in points if row.who == name]
             across, up = [x for x, _ in mine], [y for _, y in mine]
             axes.scatter(across, up, s=44, color=colour, marker=marker, label=name)
-        axes.set_xscale("log", base=2)
-        axes.set_yscale("log", base=2)
+        _doubling(axes, "xy")
         axes.set_xlabel("FLOP per byte, least traffic")
         axes.set_ylabel("TFLOP/s, forward + backward")
         figure.legend(*axes.get_legend_handles_labels(), loc="outside right center")
@@ -95,9 +94,16 @@ def _lines(axes: Axes, rows: Sequence[Row]) -> None:
             low = [row.p20 or 0.0 for _, row in mine]
             high = [row.p80 or 0.0 for _, row in mine]
             axes.fill_between(across, low, high, color=colour, alpha=0.18, lw=0)
-    axes.set_xscale("log", base=2)
-    axes.set_yscale("log")
+    _doubling(axes, "x")
+    axes.set_ylim(bottom=0)
     axes.set_xlabel("tokens T")
+
+
+def _doubling(axes: Axes, which: str) -> None:
+    """Powers of two, written as plain numbers."""
+    for letter in which:
+        getattr(axes, f"set_{letter}scale")("log", base=2)
+        getattr(axes, f"{letter}axis").set_major_formatter("{x:g}")
 
 
 def _looks(rows: Sequence[Row]) -> Iterator[tuple[str, str, str]]:

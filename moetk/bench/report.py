@@ -24,7 +24,6 @@ STEP, STEP_PEAK = "step", "step peak"
 def layer_rows(report: LayerReport) -> list[Row]:
     """Times, ratios, memory and errors of every contender; the routing's own rows come first."""
     words, baseline = report.case.words(), report.results[0]
-    # Within a round the contenders follow each other, so that a round's ratio is free of drift.
     load = max(report.rates_E) * len(report.rates_E) / report.case.shape.top_k
     shares = " ".join(f"{rate:.4f}" for rate in report.rates_E)
     rows = [
@@ -65,7 +64,8 @@ def layer_rows(report: LayerReport) -> list[Row]:
 
 
 def ratios(times: Sequence[float], base: Sequence[float]) -> Spread:
-    """The spread of the ratios round by round."""
+    """The spread of the ratios round by round: within a round the contenders follow each other, so
+    that drift counts for both."""
     return spread([mine / theirs for mine, theirs in zip(times, base, strict=True)])
 
 

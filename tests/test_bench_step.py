@@ -75,14 +75,21 @@ def test_the_default_is_eight_layers_of_qwen3() -> None:
 
 
 def test_contenders_train_the_same_model() -> None:
-    results = steps_of(step_contenders_named("v5,v5-checkpointing,moetk"))
-    assert [result.name for result in results] == ["v5", "v5-checkpointing", "moetk", "v5 again"]
+    results = steps_of(step_contenders_named("v5,v5-checkpointing,moetk,moetk-step"))
+    assert [result.name for result in results] == [
+        "v5",
+        "v5-checkpointing",
+        "moetk",
+        "moetk-step",
+        "v5 again",
+    ]
     for result in results:
         assert result.error is None and len(result.seconds) == len(result.losses) == 2
         assert result.losses == pytest.approx(results[0].losses, rel=1e-5)
         assert result.peak is None  # a CPU does not tell
     assert results[0].losses[1] < results[0].losses[0]
     assert "Local" in results[2].about and not results[0].about
+    assert results[3].about.startswith(results[2].about) and results[3].about != results[2].about
 
 
 def test_who_raises_says_so_and_the_others_go_on() -> None:

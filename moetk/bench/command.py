@@ -135,7 +135,7 @@ def step(
     words = f"{shape.words()} dtype={dtype}"
     path = out / "step.csv"
     if loss_curves is not None:
-        wanted = step_contenders_named(contenders or "v5,moetk", backend)
+        wanted = step_contenders_named(contenders or "v5,moetk-step", backend)
         seeds, count = loss_curves
         outside = False
         for curve in compare_curves(shape, wanted, meter, range(seed, seed + seeds), count, kind):
@@ -144,7 +144,7 @@ def step(
             outside |= not curve.ok
         _told(console, path)
         raise typer.Exit(1 if outside else 0)
-    wanted = step_contenders_named(contenders or "v5,v5-checkpointing,moetk", backend)
+    wanted = step_contenders_named(contenders or "v5,v5-checkpointing,moetk,moetk-step", backend)
     results = measure_steps(shape, wanted, meter, steps=steps, dtype=kind, seed=seed)
     rows = step_rows(shape, results, words)
     console.print(step_table(shape, results, words))

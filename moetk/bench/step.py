@@ -54,13 +54,12 @@ def replaced(backend: str) -> Prepare:
 
 
 def sped_up(backend: str) -> Prepare:
-    """`replaced`, and moetk's other parts of the step: `moetk.speed_up(model)`."""
+    """`replaced`, and moetk's norms, rotary embedding and loss."""
 
     def prepare(model: Any) -> Any:
-        import moetk
+        from moetk.layers.step import speed_up
 
-        found = replaced(backend)(model), moetk.speed_up(model)  # type: ignore[attr-defined]
-        return _Explained(found)
+        return _Explained((replaced(backend)(model), speed_up(model)))
 
     return prepare
 

@@ -12,6 +12,7 @@ import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.resources import files
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,6 +25,17 @@ from moetk.experts.spec import BankSpec, BankWeights
 from moetk.routing import Routing, TokenChoice
 
 Run = Callable[[BankSpec, BankWeights, Tensor, Routing], Tensor]
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def _one_answer(function: F) -> F:
+    """torch.compile calls it once and keeps the result: it reads files, or asks the device.
+
+    What torch.compiler.assume_constant_result does, which would import the whole compiler (and
+    with it Triton) wherever a bank is imported.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 @dataclass(frozen=True)
@@ -79,7 +91,7 @@ class _Fused(Backend):
         return [reason for reason in reasons if reason]
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@_one_answer
 def _lacks_hopper(device: torch.device) -> str | None:
     return _lacks(device)
 
@@ -122,9 +134,14 @@ class TableRow:
     measured: str
 
 
-@functools.cache
+@_one_answer
 def auto_table() -> tuple[TableRow, ...]:
     """The shipped choices, in the order in which they are asked."""
+    return _read_table()
+
+
+@functools.cache
+def _read_table() -> tuple[TableRow, ...]:
     with (files("moetk.experts") / "auto_table.csv").open() as stream:
         return tuple(
             TableRow(

@@ -58,15 +58,13 @@ GUESTS = (
         "pyarrow", "pyarrow", "a sweep's cells and curves as parquet", 'pip install "moetk[sweep]"'
     ),
     Guest("einops", "einops", LATER + "tensor layouts by name", "pip install einops"),
-    Guest("triton", "triton", LATER + "GPU kernels", "comes with torch's CUDA builds"),
+    Guest("triton", "triton", "moetk's own kernels on CUDA", "comes with torch's CUDA builds"),
     Guest("jax", "jax", LATER + "JAX functions and checkpoints", "pip install jax"),
-    Guest(
-        "liger-kernel", "liger_kernel", LATER + "fused norms and losses", "pip install liger-kernel"
-    ),
+    Guest("liger-kernel", "liger_kernel", "RMSNorm on CUDA", "pip install liger-kernel"),
     Guest(
         "transformer-engine",
         "transformer_engine",
-        LATER + "FP8 matrix products",
+        "a peer to measure against",
         'pip install --no-build-isolation "transformer-engine[pytorch]"',
     ),
     Guest(
@@ -139,16 +137,16 @@ def check_backends() -> tuple[Table, list[str]]:
     problems = []
     for place, device in devices.items():
         for backend in backends():
-            errors = [
-                _try(backend.name, device, dtype) for dtype in (torch.float32, torch.bfloat16)
-            ]
-            table.add_row(
-                place,
-                backend.name,
-                *("runs" if e is None else f"[red]{escape(e)}[/]" for e in errors),
-            )
-            if backend.name == "reference" and errors[0] is not None:
-                problems.append(f"the reference backend fails on {place}: {errors[0]}")
+            cells = []
+            for dtype in (torch.float32, torch.bfloat16):
+                why_not = backend.why_not(dtype, device)
+                error = None if why_not else _try(backend.name, device, dtype)
+                cells.append(f"no: {why_not}" if why_not else "runs")
+                if error is not None:
+                    cells[-1] = f"[red]{escape(error)}[/]"
+                    if backend.name == "reference" and dtype == torch.float32:
+                        problems.append(f"the reference backend fails on {place}: {error}")
+            table.add_row(place, backend.name, *cells)
     return table, problems
 
 

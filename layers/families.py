@@ -91,13 +91,14 @@ class Family:
         )
 
 
-def bank_weights(experts: nn.Module) -> BankWeights:
+def bank_weights(experts: nn.Module, add_to_grad: bool = False) -> BankWeights:
     """This call's tensors. Collected inside forward: only there PEFT's and FSDP2's exist."""
     return BankWeights(
         experts.gate_up_proj,  # type: ignore[arg-type]
         experts.down_proj,  # type: ignore[arg-type]
         getattr(experts, "gate_up_proj_bias", None),
         getattr(experts, "down_proj_bias", None),
+        add_to_grad,
     )
 
 

@@ -212,6 +212,7 @@ def replace_moe(
     aux_scale: float | Callable[[], float | Tensor] | None = None,
     check: bool | None = None,
     seed: int | None = None,
+    add_to_grad: bool = False,
 ) -> Replacement:
     """Put moetk's parts into every mixture-of-experts layer of a transformers model, in place.
 
@@ -226,6 +227,9 @@ def replace_moe(
         (a float, or a callable evaluated in backward); None = read off `out.loss`.
     check: look at routing values on every call: None = on the CPU, True = always, False = never.
     seed: of the routers' noise; None = torch's initial seed.
+    add_to_grad: with backend "fused", backward adds the experts' gradients into .grad itself when
+        there is one (gradient accumulation), which saves a copy of them and a pass over it; then
+        use loss.backward(), not torch.autograd.grad. BackendError where others wait for gradients.
 
     Replacing a second time starts from the stock model again. Nothing changes when it raises:
     UnsupportedModelError for a mixture-of-experts model without a row in moetk.layers.families,
@@ -234,6 +238,8 @@ def replace_moe(
     root = root_of(model)
     if backend != "stock":
         check_backend_name(backend)
+    if add_to_grad and backend != "fused":
+        raise BackendError(f'add_to_grad=True needs backend="fused", not "{backend}".')
     found = list(find_blocks(root))
     if not found and (router or losses or controllers or expects_experts(root)):
         raise UnsupportedModelError(
@@ -254,7 +260,17 @@ def replace_moe(
             refuse_distributed(model)
         sites = [
             _site(
-                n, item, made, carrier, losses, controllers, backend, dispatcher, aux_scale, check
+                n,
+                item,
+                made,
+                carrier,
+                losses,
+                controllers,
+                backend,
+                dispatcher,
+                aux_scale,
+                check,
+                add_to_grad,
             )
             for n, (item, made) in enumerate(zip(found, routers, strict=True))
         ]
@@ -279,6 +295,7 @@ def _site(
     dispatcher: Dispatcher | None,
     aux_scale: float | Callable[[], float | Tensor] | None,
     check: bool | None,
+    add_to_grad: bool,
 ) -> Site:
     if backend == "stock" and dispatcher is not None:
         raise BackendError('backend="stock" runs transformers\' own experts: dispatcher=None.')
@@ -301,6 +318,7 @@ def _site(
         check=check,
         function=None if isinstance(made, nn.Module) else made,
         label=None if made is None else name_of(made),
+        add_to_grad=add_to_grad,
     )
 
 

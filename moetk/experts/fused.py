@@ -16,7 +16,7 @@ from torch import Tensor
 from moetk.errors import BackendError, UnsupportedRoutingError
 from moetk.experts.activations import Activation, ClampedGated, GptOssGated, Plain
 from moetk.experts.spec import BankSpec, BankWeights
-from moetk.kernels.fused_mlp import Form, moe_mlp
+from moetk.kernels.fused_mlp import Form, experts_mlp
 from moetk.kernels.sort_plan import sort_plan
 from moetk.routing import Routing, TokenChoice
 
@@ -39,31 +39,19 @@ def fused(spec: BankSpec, weights: BankWeights, x_TH: Tensor, routing: Routing) 
     if reason is not None:
         raise BackendError(f'backend="fused": {reason}. Use backend="auto" or "grouped".')
     plan = sort_plan(routing.experts_TK, routing.kept_TK, spec.num_experts)
-    tensors = (
+    form = form_of(spec)
+    assert form is not None
+    y_TH = experts_mlp(
         x_TH.to(weights.dtype),
         routing.weights_TK,
         weights.up,
         weights.down,
         weights.up_bias,
         weights.down_bias,
+        plan,
+        form,
+        add_to_grad=weights.add_to_grad,
     )
-    form = form_of(spec)
-    assert form is not None
-    keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    y_TH: Tensor = moe_mlp(
-        *tensors,
-        plan.choice_N,
-        plan.source_N,
-        plan.slot_TK,
-        plan.offsets_E,
-        form.act,
-        form.gated,
-        form.interleaved,
-        form.transposed,
-        form.alpha,
-        form.limit,
-        keep,
-    )[0]
     return y_TH.to(x_TH.dtype)
 
 

@@ -92,12 +92,17 @@ class BankSpec:
 
 @dataclass(frozen=True, eq=False)
 class BankWeights:
-    """One call's tensors, in the spec's layout; the biases are (E, J) and (E, H)."""
+    """One call's tensors, in the spec's layout; the biases are (E, J) and (E, H).
+
+    add_to_grad: backward may add the matrices' gradients into their .grad and return none
+    (`fused`; the other backends return them).
+    """
 
     up: Tensor
     down: Tensor
     up_bias: Tensor | None = None
     down_bias: Tensor | None = None
+    add_to_grad: bool = False
 
     @property
     def dtype(self) -> torch.dtype:

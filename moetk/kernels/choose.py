@@ -13,7 +13,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
+from moetk.kernels.direct import direct
 from moetk.kernels.recipe import Recipe, Score, check_recipe
 from moetk.kernels.selection import gather, in_best_groups, largest, normalise, softmax_over
 
@@ -39,7 +41,8 @@ def choose(
     Raises as `check_recipe`; on CUDA, RouterConfigError past 1024 experts or 32 choices.
     """
     check_recipe(recipe, logits_TE.shape[1], top_k)
-    weights_TK, experts_TK = _choose(logits_TE, bias_E, top_k, weight_dtype, *recipe)
+    op = _Direct.apply if direct(logits_TE) else _choose
+    weights_TK, experts_TK = op(logits_TE, bias_E, top_k, weight_dtype, *recipe)
     return experts_TK, weights_TK
 
 
@@ -142,7 +145,7 @@ def _choose_backward(
 
 
 @_choose.register_kernel("cuda")
-def _(
+def _on_gpu(
     logits_TE: Tensor,
     bias_E: Tensor | None,
     top_k: int,
@@ -159,7 +162,9 @@ def _(
 
 
 @_choose_backward.register_kernel("cuda")
-def _(dweights_TK: Tensor, logits_TE: Tensor, experts_TK: Tensor, *recipe: Any) -> Tensor:
+def _backward_on_gpu(
+    dweights_TK: Tensor, logits_TE: Tensor, experts_TK: Tensor, *recipe: Any
+) -> Tensor:
     from moetk.kernels.gpu.choose import choose_backward_on_gpu
 
     with torch.cuda.device_of(logits_TE):
@@ -199,3 +204,22 @@ def _backward(ctx: Any, dweights_TK: Tensor | None, dexperts_TK: None) -> tuple[
 
 
 _choose.register_autograd(_backward, setup_context=_save)
+
+
+class _Direct(torch.autograd.Function):
+    """The kernels of both ops, called as they are; see `direct`."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
+        output: tuple[Tensor, Tensor] = _on_gpu(*inputs)
+        _save(ctx, inputs, output)
+        ctx.mark_non_differentiable(output[1])
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dweights_TK: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+        rest = (None,) * (ctx.num_inputs - 1)
+        if dweights_TK is None:
+            return None, *rest
+        return _backward_on_gpu(dweights_TK, *ctx.saved_tensors, *ctx.recipe), *rest

@@ -16,17 +16,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
+from moetk.errors import BackendError
+from moetk.kernels.direct import direct
 from moetk.kernels.gather_sum import gather_sum
 from moetk.kernels.grouped_mm import grouped_mm, grouped_outer
 from moetk.kernels.sort_plan import SortPlan
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "gelu": F.gelu, "relu": F.relu}
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "relu": F.relu,
+}
 
 
 @dataclass(frozen=True)
@@ -125,6 +133,82 @@ def segment_sum(rows_NB: Tensor, offsets_E: Tensor) -> Tensor:
     num_experts = len(offsets_E)
     sums_EB = rows_NB.new_zeros(num_experts + 1, rows_NB.shape[1])
     return sums_EB.index_add(0, row_experts(offsets_E, len(rows_NB)), rows_NB)[:num_experts]
+
+
+def experts_mlp(
+    x_TH: Tensor,
+    weights_TK: Tensor,
+    up: Tensor,
+    down: Tensor,
+    up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    plan: SortPlan,
+    form: Form,
+    *,
+    add_to_grad: bool = False,
+) -> Tensor:
+    """y (T, H): each token's experts, weighted and summed. Dtypes and shapes as `moe_mlp`.
+
+    add_to_grad: backward adds the gradients of up and down into their .grad, where they have one,
+    and returns none: the product that computes them reads and writes .grad, which saves the
+    gradient's memory and a pass over it. Raises BackendError where somebody else waits for the
+    gradient that is not returned.
+    """
+    tensors = (x_TH, weights_TK, up, down, up_bias, down_bias)
+    keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    if add_to_grad and keep:
+        _check_adds(x_TH, up, down)
+    if direct(x_TH):
+        y_TH: Tensor = _Direct.apply(*tensors, plan, form, keep, add_to_grad)
+        return y_TH
+    fields = (plan.choice_N, plan.source_N, plan.slot_TK, plan.offsets_E)
+    return moe_mlp(*tensors, *fields, *astuple(form), keep)[0]  # type: ignore[no-any-return]
+
+
+def _check_adds(x_TH: Tensor, up: Tensor, down: Tensor) -> None:
+    for name, weight in (("up", up), ("down", down)):
+        why = None
+        if not direct(x_TH):
+            why = "it needs eager CUDA (no torch.compile, no dispatch mode)"
+        elif weight.requires_grad and not weight.is_leaf:
+            why = f"{name} is no parameter but computed (FSDP2, LoRA, a parametrisation)"
+        elif weight._backward_hooks or weight._post_accumulate_grad_hooks:
+            why = f"{name} has gradient hooks (an optimizer in backward, DDP), which would not run"
+        if why:
+            raise BackendError(f"add_to_grad=True: {why}. Leave it out: gradients are returned.")
+
+
+class _Direct(torch.autograd.Function):
+    """The kernels of both operators, called as they are; see `direct`."""
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> Tensor:
+        from moetk.kernels.gpu import mlp
+
+        x_TH, weights_TK, up, down, up_bias, down_bias, plan, form, keep, ctx.adds = args
+        tensors = (x_TH, weights_TK, up, down, up_bias, down_bias)
+        y_TH, h_NJ = mlp.forward(*tensors, plan, form, keep)
+        if keep:
+            ctx.save_for_backward(h_NJ, *tensors)
+            ctx.plan, ctx.form = plan, form
+        return y_TH
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy_TH: Tensor) -> tuple[Tensor | None, ...]:
+        from moetk.kernels.gpu import mlp
+
+        h_NJ, x_TH, weights_TK, up, down, up_bias, down_bias = ctx.saved_tensors
+        tensors = (x_TH, weights_TK, up, down, up_bias, down_bias)
+        wanted = ctx.needs_input_grad[:6]
+        into = (up.grad, down.grad) if ctx.adds else (None, None)
+        grads = mlp.backward(dy_TH, h_NJ, *tensors, ctx.plan, ctx.form, list(wanted), into)
+        added = (None, None, *into, None, None)
+        returned = [
+            grad if want and there is None else None
+            for grad, want, there in zip(grads, wanted, added, strict=True)
+        ]
+        return (*returned, None, None, None, None)
 
 
 @torch.library.custom_op("moetk::moe_mlp", mutates_args=())

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from moetk.kernels.direct import direct
+
 
 @dataclass(frozen=True, eq=False)
 class SortPlan:
@@ -40,7 +42,8 @@ def sort_plan(experts_TK: Tensor, kept_TK: Tensor | None, num_experts: int) -> S
     None = all) drops. On CUDA one op, `moetk::sort_plan`, up to 4096 experts.
     """
     if experts_TK.device.type == "cuda" and num_experts <= _MOST_ON_GPU:
-        return SortPlan(*_sort_plan(experts_TK, kept_TK, num_experts))
+        sort = _sort_on_gpu if direct(experts_TK) else _sort_plan
+        return SortPlan(*sort(experts_TK, kept_TK, num_experts))
     choice_N, source_N, slot_TK, offsets_E = sort_in_torch(experts_TK, kept_TK, num_experts)
     on_cpu = experts_TK.device.type == "cpu" and not torch.compiler.is_compiling()
     full = on_cpu and int(offsets_E[-1]) == choice_N.numel()
@@ -80,7 +83,7 @@ _sort_plan = torch.library.custom_op(
 
 
 @_sort_plan.register_kernel("cuda")
-def _(
+def _sort_on_gpu(
     experts_TK: Tensor, kept_TK: Tensor | None, num_experts: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     from moetk.kernels.gpu.plan import sort_on_gpu

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from moetk.errors import MoeDtypeError, RouterConfigError
 from moetk.kernels.choose import MAX_EXPERTS, MAX_TOP_K
+from moetk.kernels.gpu.launch import launch
 from moetk.kernels.recipe import Recipe
 
 _TL: dict[torch.dtype, Any] = {
@@ -289,7 +290,9 @@ def choose_on_gpu(
     if bias_E is not None:
         choice_dtype = torch.promote_types(score_dtype, bias_E.dtype)
         bias_E = bias_E.contiguous()
-    _choose_kernel[(triton.cdiv(num_tokens, rows),)](
+    launch(
+        _choose_kernel,
+        (triton.cdiv(num_tokens, rows),),
         logits_TE.contiguous(),
         bias_E,
         experts_TK,
@@ -297,20 +300,20 @@ def choose_on_gpu(
         num_tokens,
         recipe.eps,
         recipe.scale,
-        E=num_experts,
-        TOP_K=top_k,
-        SCORE=recipe.score,
-        OVER_CHOSEN=recipe.over_chosen,
-        GROUPS=groups,
-        TOP_GROUPS=recipe.top_groups if recipe.limited else 1,
-        RENORMALISE=recipe.renormalise,
-        DTYPE=_TL[score_dtype],
-        CHOICE=_TL[choice_dtype],
-        R=rows,
-        G=group_columns,
-        M=member_columns,
-        K=triton.next_power_of_2(top_k),
-        num_warps=_NUM_WARPS,
+        num_experts,
+        top_k,
+        recipe.score,
+        recipe.over_chosen,
+        groups,
+        recipe.top_groups if recipe.limited else 1,
+        recipe.renormalise,
+        _TL[score_dtype],
+        _TL[choice_dtype],
+        rows,
+        group_columns,
+        member_columns,
+        triton.next_power_of_2(top_k),
+        warps=_NUM_WARPS,
     )
     return experts_TK, weights_TK
 
@@ -326,7 +329,9 @@ def choose_backward_on_gpu(
         return dlogits_TE
     columns = triton.next_power_of_2(num_experts)
     rows = max(1, _TILE // columns)
-    _choose_backward_kernel[(triton.cdiv(num_tokens, rows),)](
+    launch(
+        _choose_backward_kernel,
+        (triton.cdiv(num_tokens, rows),),
         dweights_TK.contiguous(),
         logits_TE.contiguous(),
         experts_TK.contiguous(),
@@ -334,16 +339,16 @@ def choose_backward_on_gpu(
         num_tokens,
         recipe.eps,
         recipe.scale,
-        E=num_experts,
-        TOP_K=top_k,
-        SCORE=recipe.score,
-        OVER_CHOSEN=recipe.over_chosen,
-        RENORMALISE=recipe.renormalise,
-        DTYPE=_TL[score_dtype],
-        R=rows,
-        C=columns,
-        K=triton.next_power_of_2(top_k),
-        num_warps=_NUM_WARPS,
+        num_experts,
+        top_k,
+        recipe.score,
+        recipe.over_chosen,
+        recipe.renormalise,
+        _TL[score_dtype],
+        rows,
+        columns,
+        triton.next_power_of_2(top_k),
+        warps=_NUM_WARPS,
     )
     return dlogits_TE
 

@@ -26,8 +26,8 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, warps: int = 4, stage
 
     All of the kernel's arguments by position, constants included.
     """
-    slow = not isinstance(kernel, JITFunction) or knobs.runtime.launch_enter_hook is not None
-    if slow:  # the interpreter, or a profiler that wants to see launches
+    hooks = getattr(knobs.runtime.launch_enter_hook, "calls", None)
+    if hooks or not isinstance(kernel, JITFunction):  # a profiler, or the interpreter
         kernel[grid](*args, num_warps=warps, num_stages=stages)
         return
     constants = _constants.get(kernel)
@@ -59,4 +59,6 @@ def _kind(arg: Any, constant: bool) -> Any:
         return arg.dtype, arg.data_ptr() % 16 == 0
     if isinstance(arg, TensorDescriptor):
         return arg.base.dtype, tuple(arg.block_shape)
+    if isinstance(arg, float):
+        return float
     return arg == 1, arg % 16 == 0, arg >= 2**31

@@ -55,7 +55,9 @@ def backward(
     plan: SortPlan,
     form: Form,
     need: list[bool],
+    into: tuple[Tensor | None, Tensor | None] = (None, None),
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """into: what the gradients of up and down are added to; None = a new tensor."""
     source_N, offsets_E, num_rows = plan.source_N, plan.offsets_E, len(plan.source_N)
     if not num_rows:
         tensors = (x_TH, weights_TK, up, down, up_bias, down_bias)
@@ -81,7 +83,9 @@ def backward(
         dweights = dw_TK.to(weights_TK.dtype)
     if need[3]:
         pair, side = ((aw_NI, dy_TH), "right") if form.transposed else ((dy_TH, aw_NI), "left")
-        ddown = outer("ddown_gather", *pair, offsets_E, source_N=source_N, gather=side)
+        ddown = outer(
+            "ddown_gather", *pair, offsets_E, source_N=source_N, gather=side, into_EAB=into[1]
+        )
     if need[5]:
         ddown_bias = segment_sum(dy_TH, offsets_E, source_N, plan.choice_N, weights_TK)
     if any(need[:5]):
@@ -89,21 +93,23 @@ def backward(
     if need[4]:
         dup_bias = segment_sum(dh_NJ, offsets_E)
     if need[2]:
-        dup = _up_gradient(dh_NJ, x_TH, plan, form)
+        dup = _up_gradient(dh_NJ, x_TH, plan, form, into[0])
     if need[0]:
         dx_NH = rows_times("dx", dh_NJ, up, offsets_E, columns_first=form.transposed)
         dx = gather_sum(dx_NH, plan.slot_TK, None, offsets_E)
     return dx, dweights, dup, ddown, dup_bias, ddown_bias
 
 
-def _up_gradient(dh_NJ: Tensor, x_TH: Tensor, plan: SortPlan, form: Form) -> Tensor:
+def _up_gradient(
+    dh_NJ: Tensor, x_TH: Tensor, plan: SortPlan, form: Form, into: Tensor | None
+) -> Tensor:
     source_N, offsets_E = plan.source_N, plan.offsets_E
     if len(source_N) >= COPY_FROM * len(offsets_E):
         rows_NH = spread(x_TH, plan.slot_TK, offsets_E)
         pair = (rows_NH, dh_NJ) if form.transposed else (dh_NJ, rows_NH)
-        return outer("dup", *pair, offsets_E)
+        return outer("dup", *pair, offsets_E, into_EAB=into)
     pair, side = ((x_TH, dh_NJ), "left") if form.transposed else ((dh_NJ, x_TH), "right")
-    return outer("dup_gather", *pair, offsets_E, source_N=source_N, gather=side)
+    return outer("dup_gather", *pair, offsets_E, source_N=source_N, gather=side, into_EAB=into)
 
 
 def _bias_dots(dy_TH: Tensor, bias_EH: Tensor, plan: SortPlan) -> Tensor:

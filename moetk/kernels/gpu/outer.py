@@ -42,10 +42,7 @@ def _outer(
     end = tl.load(offsets_ptr + expert)
     k_range = tl.arange(0, BK)
     width: tl.constexpr = A if GATHER == "left" else B
-    if GATHER == "left":
-        columns = pm * BM + tl.arange(0, BM)
-    else:
-        columns = pn * BN + tl.arange(0, BN)
+    columns = pm * BM + tl.arange(0, BM) if GATHER == "left" else pn * BN + tl.arange(0, BN)
     inside = (columns < width)[None, :]
     acc = tl.zeros((BM, BN), tl.float32)
     whole = start + (end - start) // BK * BK

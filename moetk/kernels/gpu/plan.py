@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moetk.kernels.gpu.launch import launch
+
 _BLOCK = 256  # choices of one program
 _PART = 32  # choices that a block is compared with at a time; with twice as many it spills
 _SCAN_BLOCKS, _SCAN_EXPERTS = 512, 8
@@ -132,27 +134,33 @@ def sort_on_gpu(
     counts_BE, counts_E = fresh(num_blocks, num_experts), fresh(num_experts)
     experts_N = experts_TK.contiguous()
     kept_N = None if kept_TK is None else kept_TK.contiguous()
-    _count_kernel[(num_blocks,)](
+    launch(
+        _count_kernel,
+        (num_blocks,),
         experts_N,
         kept_N,
         counts_BE,
         slot_TK,
         num_choices,
-        E=num_experts,
-        COLUMNS=columns,
-        BLOCK=_BLOCK,
-        PART=_PART,
-        num_warps=8,
+        num_experts,
+        columns,
+        _BLOCK,
+        _PART,
+        warps=8,
     )
-    _scan_kernel[(triton.cdiv(num_experts, _SCAN_EXPERTS),)](
+    launch(
+        _scan_kernel,
+        (triton.cdiv(num_experts, _SCAN_EXPERTS),),
         counts_BE,
         counts_E,
         num_blocks,
-        E=num_experts,
-        BLOCKS=_SCAN_BLOCKS,
-        EXPERTS=_SCAN_EXPERTS,
+        num_experts,
+        _SCAN_BLOCKS,
+        _SCAN_EXPERTS,
     )
-    _place_kernel[(num_blocks,)](
+    launch(
+        _place_kernel,
+        (num_blocks,),
         experts_N,
         kept_N,
         counts_BE,
@@ -162,9 +170,9 @@ def sort_on_gpu(
         slot_TK,
         offsets_E,
         num_choices,
-        TOP_K=experts_TK.shape[1],
-        E=num_experts,
-        COLUMNS=columns,
-        BLOCK=_BLOCK,
+        experts_TK.shape[1],
+        num_experts,
+        columns,
+        _BLOCK,
     )
     return choice_N, source_N, slot_TK, offsets_E

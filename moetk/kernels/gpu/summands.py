@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moetk.kernels.gpu.launch import launch
+
 _BLOCK = 1024
 
 
@@ -30,7 +32,13 @@ def two_summands(x_MN: Tensor, dtype: torch.dtype) -> Tensor:
     rows, columns = x_MN.shape
     both_M2N = x_MN.new_empty((rows, 2 * columns), dtype=dtype)
     if x_MN.numel():
-        _two_summands_kernel[(triton.cdiv(x_MN.numel(), _BLOCK),)](
-            x_MN.contiguous(), both_M2N, x_MN.numel(), N=columns, BLOCK=_BLOCK
+        launch(
+            _two_summands_kernel,
+            (triton.cdiv(x_MN.numel(), _BLOCK),),
+            x_MN.contiguous(),
+            both_M2N,
+            x_MN.numel(),
+            columns,
+            _BLOCK,
         )
     return both_M2N

@@ -1,0 +1,21 @@
+"""Whether an operator's kernel may be called without going through torch's dispatcher."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def direct(tensor: Tensor) -> bool:
+    """True in plain eager CUDA, where nobody watches operators go by.
+
+    The dispatcher and a custom operator's checks cost some 100 us a call on the host, forward and
+    backward together, as long as the kernels of a layer take at a few hundred tokens. The operator
+    is what torch.compile, fake tensors and dispatch modes (selective checkpointing) see.
+    """
+    return (
+        tensor.is_cuda
+        and not torch.compiler.is_compiling()
+        and type(tensor) in (Tensor, torch.nn.Parameter)
+        and torch._C._len_torch_dispatch_stack() == 0
+    )

@@ -79,17 +79,17 @@ def stock(implementation: str | None = None) -> Contender:
     return Contender(STOCK if implementation is None else f"{STOCK}-{implementation}", build)
 
 
-def ours(backend: str) -> Contender:
-    """The block after `moetk.replace_moe(model, backend=...)`."""
+def ours(backend: str, add_to_grad: bool = False) -> Contender:
+    """The block after `moetk.replace_moe(model, backend=..., add_to_grad=...)`."""
 
     def build(model: Any) -> nn.Module:
         from moetk.layers.replace import replace_moe
 
         twin = copy.deepcopy(model)
-        replace_moe(twin, backend=backend)
+        replace_moe(twin, backend=backend, add_to_grad=add_to_grad)
         return block_of(twin)  # type: ignore[no-any-return]
 
-    return Contender(f"moetk-{backend}", build)
+    return Contender(f"moetk-{backend}{'-adds' if add_to_grad else ''}", build)
 
 
 def peer(name: str) -> Contender:
@@ -103,6 +103,7 @@ def contenders() -> dict[str, Contender]:
         stock(),
         stock("eager"),
         *(ours(name) for name in ("auto", *(backend.name for backend in backends()))),
+        ours("fused", add_to_grad=True),
         *(peer(name) for name in PEERS),
     ]
     return {contender.name: contender for contender in everyone}

@@ -577,7 +577,7 @@ def test_a_failed_second_replacement_leaves_the_first() -> None:
 @pytest.mark.parametrize(
     ("backend", "says"),
     [
-        ("fused", 'backend=\'fused\' is not one of this version: "auto", "stock" (in a model), '),
+        ("fast", 'backend=\'fast\' is not one of this version: "auto", "stock" (in a model), '),
         ("", "backend='' is not one of this version"),
     ],
 )

@@ -62,6 +62,7 @@ DISPATCHERS: dict[str, Callable[[], Dispatcher]] = {
     "first_come": lambda: Local(Capacity(1.0)),
     "by_weight": lambda: Local(Capacity(1.0, by_weight)),
 }
+BACKENDS = ("auto", *(one.name for one in backends() if "cpu" in one.device_types))
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 # What is not supported, and what it raises: a router under a dispatcher, or before stock experts.
@@ -171,7 +172,7 @@ def test_layers(router: str, dtype: torch.dtype, dispatcher: str) -> None:
         truth_of.router = AsChosen(eager.router, chosen)
         truth_of.dispatcher = as_kept(chosen)
         truth, _ = step(truth_of, batch)
-        for backend in (*(one.name for one in backends()), "auto"):
+        for backend in BACKENDS:
             eager.experts.backend = backend
             ours, again = step(eager, batch)
             eager.experts.backend = "reference"

@@ -193,7 +193,7 @@ def weight_names(subject: BankUnderTest) -> dict[str, str]:
     if subject.spec is None or not inspect.ismethod(read):
         return {}
     held = {id(tensor): name for name, tensor in subject.parameters.items()}
-    tensors = {which: t for which, t in vars(read()).items() if t is not None}
+    tensors = {which: t for which, t in vars(read()).items() if isinstance(t, Tensor)}
     found = {which: held.get(id(t)) for which, t in tensors.items()}
     return {} if None in found.values() else {w: n for w, n in found.items() if n is not None}
 

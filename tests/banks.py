@@ -184,3 +184,13 @@ def gradients(
 
 def rows(tokens: int, hidden: int) -> Tensor:
     return torch.randn(tokens, hidden, dtype=torch.float64).requires_grad_()
+
+
+def a_case(
+    spec: BankSpec, tokens: int = 12, pattern: str = "random", dtype: torch.dtype = torch.float64
+) -> tuple[BankWeights, Tensor, TokenChoice]:
+    """Weights with biases, rows and a routing."""
+    torch.manual_seed(0)
+    weights = make_weights(spec, True, dtype)
+    x_TH = torch.randn(tokens, spec.hidden_size).to(dtype).requires_grad_()
+    return weights, x_TH, token_choice(tokens, spec.num_experts, 2, pattern)

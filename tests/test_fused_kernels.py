@@ -1,0 +1,370 @@
+"""The Triton kernels of the fused bank against their torch twins, in Triton's interpreter.
+
+The interpreter is chosen where Triton is first imported, so this file runs itself in a process of
+its own. It is trusted with float32 and whole numbers alone.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moetk.equivalence.judge import judge
+from moetk.experts import (
+    Activation,
+    BankSpec,
+    BankWeights,
+    ClampedGated,
+    Gated,
+    GptOssGated,
+    Plain,
+)
+from moetk.experts.fused import fused
+from moetk.experts.reference import reference
+from moetk.kernels import fused_mlp as twin
+from moetk.kernels.grouped_mm import grouped_mm, grouped_outer
+from moetk.routing import TokenChoice
+from tests.banks import gradients, make_weights
+
+ROOT = Path(__file__).parent.parent
+gelu_tanh = partial(F.gelu, approximate="tanh")
+# Each activation once, and each pair of layouts and biases with some activation.
+ONE_OF_EACH: list[tuple[Activation, bool, bool, bool]] = [  # transposed, interleaved, bias
+    (Gated(), False, False, False),
+    (Gated(), True, False, True),
+    (Gated(F.gelu), False, True, True),
+    (Gated(gelu_tanh), True, True, False),
+    (Gated(F.relu), False, False, True),
+    (ClampedGated(0.4), True, False, False),
+    (GptOssGated(1.7, 0.5), True, True, True),
+    (GptOssGated(1.7, 0.5), False, False, False),
+    (Plain(), False, False, True),
+    (Plain(F.gelu), True, False, False),
+]
+
+
+def normal(*shape: int) -> Tensor:
+    return torch.randn(shape) * 0.5
+
+
+def a_routing(tokens: int, experts: int, k: int, drops: bool) -> TokenChoice:
+    ids_TK = torch.rand(tokens, experts).argsort(-1)[:, :k]
+    weights_TK, kept_TK = torch.rand(tokens, k), None
+    if drops:
+        kept_TK = torch.rand(tokens, k) < 0.7
+        ids_TK[:1] = -1
+        weights_TK = weights_TK.masked_fill(~kept_TK | (ids_TK < 0), 0)
+    return TokenChoice(ids_TK, weights_TK.requires_grad_(), experts, kept_TK=kept_TK)
+
+
+@contextmanager
+def on_kernels() -> Iterator[None]:
+    """`fused` calls the kernels, interpreted, as it does in eager CUDA."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(twin, "direct", lambda tensor: True)
+        yield
+
+
+def raised(value: Any) -> Any:
+    """The same numbers in float64."""
+    changes = {
+        name: t.detach().double().requires_grad_()
+        for name, t in vars(value).items()
+        if isinstance(t, Tensor) and t.is_floating_point()
+    }
+    return replace(value, **changes)
+
+
+def agree(spec: BankSpec, weights: BankWeights, x_TH: Tensor, routing: TokenChoice) -> None:
+    """Kernels against the twin under the pass rule: values and every gradient."""
+    with on_kernels():
+        ours = gradients(fused(spec, weights, x_TH, routing), weights, x_TH, routing)
+    eager = gradients(fused(spec, weights, x_TH, routing), weights, x_TH, routing)
+    x_exact = x_TH.detach().double().requires_grad_()
+    exact = raised(weights), x_exact, raised(routing)
+    truth = gradients(reference(spec, *exact), *exact)
+    assert ours.keys() == truth.keys()
+    terms = 4 * max(spec.up_width, spec.hidden_size, len(x_TH))
+    for name, tensor in truth.items():
+        assert ours[name].dtype == eager[name].dtype, name
+        verdict = judge(name, ours[name], eager[name], tensor, reduction=terms)
+        assert verdict.ok, verdict
+
+
+def a_layer(activation: Activation, transposed: bool, interleaved: bool, bias: bool) -> None:
+    """Sizes that no tile divides; rows that nobody computes hold what memory held."""
+    torch.manual_seed(0)
+    spec = BankSpec(3, 20, 12, activation, transposed=transposed, interleaved=interleaved)
+    weights = make_weights(spec, bias, torch.float32)
+    agree(spec, weights, normal(7, 20).requires_grad_(), a_routing(7, 3, 2, True))
+
+
+def many_tiles() -> None:
+    """Several tiles along every width, whole ones and a rest; experts with many rows."""
+    torch.manual_seed(0)
+    spec = BankSpec(2, 136, 72, GptOssGated(1.7, 0.5), transposed=True, interleaved=True)
+    for spec_ in (spec, BankSpec(2, 128, 64)):
+        weights = make_weights(spec_, False, torch.float32)
+        agree(
+            spec_,
+            weights,
+            normal(40, spec_.hidden_size).requires_grad_(),
+            a_routing(40, 2, 2, False),
+        )
+
+
+def few_tokens() -> None:
+    torch.manual_seed(0)
+    spec = BankSpec(3, 20, 12)
+    weights = make_weights(spec, True, torch.float32)
+    for tokens, k in ((0, 2), (1, 1), (2, 3)):
+        agree(spec, weights, normal(tokens, 20).requires_grad_(), a_routing(tokens, 3, k, False))
+
+
+def nothing_kept() -> None:
+    """Without a backward the up product is not written, and the output is the same."""
+    torch.manual_seed(0)
+    spec, routing = BankSpec(3, 20, 12), a_routing(7, 3, 2, True)
+    weights, x_TH = make_weights(spec, True, torch.float32), normal(7, 20)
+    with on_kernels():
+        kept_TH = fused(spec, weights, x_TH, routing).detach()
+        with torch.no_grad():
+            assert torch.equal(fused(spec, weights, x_TH, routing), kept_TH)
+
+
+def a_row_of_nan() -> None:
+    """Every other token's output and gradients are bitwise what they were."""
+    torch.manual_seed(0)
+    spec, routing = BankSpec(3, 20, 12, ClampedGated(0.4)), a_routing(9, 3, 2, True)
+    weights, x_TH = make_weights(spec, True, torch.float32), normal(9, 20)
+    found, others = [], torch.arange(9) != 4
+    for value in (1.0, float("nan")):
+        x_TH = x_TH.clone()
+        x_TH[[0, 4]] = value  # nobody computes token 0
+        x_TH.requires_grad_()
+        with on_kernels():
+            y_TH = fused(spec, weights, x_TH, routing)
+            grads = torch.autograd.grad(y_TH[others].sum(), (x_TH, routing.weights_TK))
+        found.append((y_TH.detach(), *grads))
+        x_TH = x_TH.detach()
+    for clean, spoiled in zip(*found, strict=True):
+        assert torch.equal(clean[others], spoiled[others])
+    assert found[1][0][4].isnan().all() and (found[1][0][0] == 0).all()
+
+
+def one_gradient_alone() -> None:
+    torch.manual_seed(0)
+    spec, routing = BankSpec(3, 20, 12), a_routing(7, 3, 2, True)
+    weights, x_TH = make_weights(spec, True, torch.float32), normal(7, 20).requires_grad_()
+    leaves = {"x": x_TH, "weights_TK": routing.weights_TK, **vars(weights)}
+    leaves = {name: leaf for name, leaf in leaves.items() if isinstance(leaf, Tensor)}
+    with on_kernels():
+        want = gradients(fused(spec, weights, x_TH, routing), weights, x_TH, routing)
+        cotangent = torch.randn(
+            (7, 20), generator=torch.Generator().manual_seed(3), dtype=torch.float64
+        ).float()
+        for trained in leaves:
+            for name, leaf in leaves.items():
+                leaf.requires_grad_(name == trained)
+            y_TH = fused(spec, weights, x_TH, routing)
+            (found,) = torch.autograd.grad(y_TH, leaves[trained], cotangent)
+            assert torch.equal(found, want[trained]), trained
+
+
+def added_gradients(transposed: bool) -> None:
+    """The first backward makes .grad, the next adds to it in place."""
+    torch.manual_seed(0)
+    spec, routing = BankSpec(3, 20, 12, transposed=transposed), a_routing(7, 3, 2, True)
+    weights, x_TH = make_weights(spec, False, torch.float32), normal(7, 20)
+    matrices = (weights.up, weights.down)
+    want, made = [torch.zeros_like(matrix) for matrix in matrices], []
+    with on_kernels():
+        for step in (1, 2):
+            returned = torch.autograd.grad(
+                fused(spec, weights, step * x_TH, routing).sum(), matrices
+            )
+            want = [total + grad for total, grad in zip(want, returned, strict=True)]
+            adds = replace(weights, add_to_grad=True)
+            fused(spec, adds, step * x_TH, routing).sum().backward()
+            made.append([matrix.grad for matrix in matrices])
+    for first, second, total in zip(*made, want, strict=True):
+        assert second is first
+        near(second, total)
+
+
+# One product at a time.
+
+COUNTS = {
+    "one row each": [1, 1, 1, 1],
+    "all at one": [0, 37, 0],
+    "empty first": [0, 0, 5, 17],
+    "empty between": [16, 0, 33],
+    "empty last": [15, 2, 0],
+    "whole tiles": [16, 32],
+    "nobody": [0, 0],
+}
+NOBODYS = 3  # rows behind the last offset
+
+
+def products(counts: list[int]) -> None:
+    """Each product alone over these segments, with NaN wherever it has no business."""
+    from moetk.kernels.gpu.combine import segment_sum
+    from moetk.kernels.gpu.outer import outer
+    from moetk.kernels.gpu.rows import rows_times
+    from moetk.kernels.gpu.tiles import Tile
+
+    torch.manual_seed(0)
+    offsets_E, used = torch.tensor(counts).cumsum(0).int(), sum(counts)
+    x_TA, other_NB = normal(used + 4, 20), normal(used + NOBODYS, 24)
+    x_TA[-1], other_NB[used:] = float("nan"), float("nan")
+    source_N = torch.cat([torch.randperm(used + 3)[:used], torch.full((NOBODYS,), used + 3)]).int()
+    rows_NA, bias_EB = x_TA[source_N.long()], normal(len(counts), 24)
+    weights_EAB = normal(len(counts), 20, 24)
+    clean_NA, clean_NB = rows_NA.clone(), other_NB.clone()
+    clean_NA[used:], clean_NB[used:] = 0, 0
+
+    want_NB = grouped_mm(clean_NA, weights_EAB, offsets_E)[:used]
+    want_NB = want_NB + twin.bias_rows(bias_EB, offsets_E, used)
+    want_EAB = grouped_outer(clean_NA, clean_NB, offsets_E)
+    for tile, first in (
+        (Tile(16, 16, 16, 4, 2, group=2), False),
+        (Tile(32, 16, 16, 4, 2, group=1, per_sm=2), True),
+    ):
+        held = weights_EAB.transpose(1, 2).contiguous() if first else weights_EAB
+        how = {"columns_first": first, "bias_EB": bias_EB, "tile": tile}
+        near(rows_times("down", rows_NA, held, offsets_E, **how)[:used], want_NB)
+        found_NB = rows_times("down", x_TA, held, offsets_E, source_N=source_N, **how)
+        near(found_NB[:used], want_NB)
+        gathered = {"tile": tile, "source_N": source_N}
+        found = [
+            outer("dup", rows_NA, other_NB, offsets_E, tile=tile),
+            outer("dup", x_TA, other_NB, offsets_E, gather="left", **gathered),
+            outer("dup", other_NB, x_TA, offsets_E, gather="right", **gathered).transpose(1, 2),
+        ]
+        for found_EAB in found:
+            near(found_EAB, want_EAB)
+        into_EAB = torch.ones_like(want_EAB)
+        assert outer("dup", rows_NA, other_NB, offsets_E, tile=tile, into_EAB=into_EAB) is into_EAB
+        near(into_EAB, want_EAB + 1)
+    near(segment_sum(other_NB, offsets_E), twin.segment_sum(clean_NB, offsets_E))
+
+
+def near(found: Tensor, want: Tensor) -> None:
+    torch.testing.assert_close(found, want, rtol=1e-5, atol=1e-5)
+
+
+# The table of tiles.
+
+SHARED_MEMORY = 227 * 1024  # bytes that one program may have on Hopper
+
+
+def the_table_of_tiles() -> None:
+    from moetk.kernels.gpu.tiles import tile_for, tile_table
+
+    for kernel, entries in tile_table().items():
+        for rows_, columns, reduction, tile in entries:
+            assert rows_ >= 1 and columns >= 1 and reduction >= 1
+            for size in (tile.m, tile.n, tile.k):
+                assert size >= 16 and size & (size - 1) == 0, (kernel, tile)
+            assert tile.warps in (4, 8) and tile.stages >= 1 and tile.group >= 1
+            right = tile.k * tile.n * (2 if kernel == "up" else 1)  # gate and up side by side
+            assert (tile.m * tile.k + right) * 2 * tile.stages <= SHARED_MEMORY, (kernel, tile)
+        tiles = {tile for *_, tile in entries}
+        for experts in (1, 2, 7, 128, 1000, 1024):
+            for power in range(0, 21, 4):
+                assert tile_for(kernel, 2**power, experts, 768, 2048) in tiles
+                assert tile_for(kernel, 2**power + 1, experts, 8, 14336) in tiles
+
+
+def the_kernels_of_the_table() -> None:
+    """The table knows every product that a layer runs, and no other."""
+    from moetk.kernels.gpu import mlp, outer, rows, up
+    from moetk.kernels.gpu.tiles import tile_for, tile_table
+
+    asked: set[str] = set()
+
+    def note(kernel: str, *args: int) -> Any:
+        asked.add(kernel)
+        return tile_for(kernel, *args)
+
+    torch.manual_seed(0)
+    spec = BankSpec(2, 8, 8)
+    weights, x_TH = make_weights(spec, False, torch.float32), normal(3, 8).requires_grad_()
+    weights = replace(weights, add_to_grad=True)
+    with pytest.MonkeyPatch.context() as patch, on_kernels():
+        for room in (up, rows, outer):
+            patch.setattr(room, "tile_for", note)
+        for copy_from in (0, 64):
+            patch.setattr(mlp, "COPY_FROM", copy_from)
+            weights.up.grad = None
+            for _ in range(2):  # .grad is made, then added to
+                fused(spec, weights, x_TH, a_routing(3, 2, 2, False)).sum().backward()
+    assert asked == set(tile_table())
+
+
+CASES: dict[str, Callable[[], None]] = {
+    **{
+        f"layer: {type(a).__name__} {i}": partial(a_layer, a, *layout)
+        for i, (a, *layout) in enumerate(ONE_OF_EACH)
+    },
+    "layer: many tiles": many_tiles,
+    "layer: few tokens": few_tokens,
+    "layer: nothing kept": nothing_kept,
+    "layer: a row of NaN": a_row_of_nan,
+    "layer: one gradient alone": one_gradient_alone,
+    "layer: added gradients": partial(added_gradients, False),
+    "layer: added gradients, transposed": partial(added_gradients, True),
+    **{f"products: {name}": partial(products, counts) for name, counts in COUNTS.items()},
+    "tiles": the_table_of_tiles,
+    "tiles: kernels": the_kernels_of_the_table,
+}
+
+
+def outcome(case: Callable[[], None]) -> str:
+    try:
+        case()
+    except Exception:
+        return traceback.format_exc()
+    return ""
+
+
+@pytest.fixture(scope="module")
+def outcomes() -> dict[str, str]:
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip(
+            "Triton, which pip installs on Linux, is not here: no kernel can be interpreted"
+        )
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-W", "ignore", __file__]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=170)
+    assert done.returncode == 0, done.stderr
+    result: dict[str, str] = json.loads(done.stdout.splitlines()[-1])
+    return result
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_kernel_is_its_twin(outcomes: dict[str, str], name: str) -> None:
+    assert outcomes[name] == "", outcomes[name]
+
+
+if __name__ == "__main__":
+    from tests.conftest import poisoned
+
+    torch.Tensor.new_empty = poisoned(torch.Tensor.new_empty)  # type: ignore[method-assign]
+    torch.empty_like = poisoned(torch.empty_like)
+    print(json.dumps({name: outcome(case) for name, case in CASES.items()}))

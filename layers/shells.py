@@ -245,9 +245,9 @@ _LEFT_OUT = frozenset(("scores_TE", "choice_TE"))
 
 
 def _unread(site: Site, visit: Visit | None) -> bool:
-    """No loss, controller or recording reads the scores, and the experts run on moetk's kernels:
-    who asks for another backend asks for its plain router too."""
-    if site.backend not in ("auto", "fused"):
+    """No loss, controller, recording or later router reads the scores, and the experts run on
+    moetk's kernels: who asks for another backend asks for its plain router too."""
+    if site.backend not in ("auto", "fused") or site.carrier.keeps_previous:
         return False
     reads = site.attachment.reads
     if reads is None or reads & _LEFT_OUT:

@@ -589,6 +589,16 @@ def test_backend_names(backend: str, says: str) -> None:
     assert trace(model) == before
 
 
+@pytest.mark.parametrize("backend", ["auto", "stock", "grouped"])
+def test_gradients_are_added_by_the_fused_backend_alone(backend: str) -> None:
+    model = stock("olmoe")
+    before = trace(model)
+    message = f'add_to_grad=True needs backend="fused", not "{backend}".'
+    with pytest.raises(BackendError, match=re.escape(message)):
+        replace_moe(model, backend=backend, add_to_grad=True)
+    assert trace(model) == before
+
+
 def test_stock_experts_take_no_dispatcher() -> None:
     from moetk.dispatch import Local
 

@@ -102,10 +102,20 @@ def bank_weights(experts: nn.Module, add_to_grad: bool = False) -> BankWeights:
     )
 
 
+# Versions of transformers differ in which module says it.
+_FUNCTIONS: dict[str, Callable[..., Any]] = {
+    "SiLU": torch.nn.functional.silu,
+    "SiLUActivation": torch.nn.functional.silu,
+    "GELUActivation": torch.nn.functional.gelu,
+    "ReLU": torch.nn.functional.relu,
+}
+
+
 def _act(experts: nn.Module) -> Callable[..., Any]:
-    """silu as a function, so that equal layers have equal specs; others as transformers' module."""
-    act: Any = experts.act_fn
-    return torch.nn.functional.silu if isinstance(act, nn.SiLU) else act
+    """torch's function where the module is that, so that equal layers have equal specs and kernels
+    know it; else the module."""
+    act: Callable[..., Any] = experts.act_fn  # type: ignore[assignment]
+    return _FUNCTIONS.get(type(act).__name__, act)
 
 
 def _returns_logits_first(gate_class: Any) -> bool:

@@ -187,7 +187,8 @@ class _Direct(torch.autograd.Function):
 
         x_TH, weights_TK, up, down, up_bias, down_bias, plan, form, keep, ctx.adds = args
         tensors = (x_TH, weights_TK, up, down, up_bias, down_bias)
-        y_TH, h_NJ = mlp.forward(*tensors, plan, form, keep)
+        with torch.cuda.device_of(x_TH):
+            y_TH, h_NJ = mlp.forward(*tensors, plan, form, keep)
         if keep:
             ctx.save_for_backward(h_NJ, *tensors)
             ctx.plan, ctx.form = plan, form
@@ -202,7 +203,8 @@ class _Direct(torch.autograd.Function):
         tensors = (x_TH, weights_TK, up, down, up_bias, down_bias)
         wanted = ctx.needs_input_grad[:6]
         into = (up.grad, down.grad) if ctx.adds else (None, None)
-        grads = mlp.backward(dy_TH, h_NJ, *tensors, ctx.plan, ctx.form, list(wanted), into)
+        with torch.cuda.device_of(x_TH):
+            grads = mlp.backward(dy_TH, h_NJ, *tensors, ctx.plan, ctx.form, list(wanted), into)
         added = (None, None, *into, None, None)
         returned = [
             grad if want and there is None else None
@@ -272,7 +274,8 @@ def _(
 
     form = Form(act, gated, interleaved, transposed, alpha, limit)
     plan = SortPlan(choice_N, source_N, slot_TK, offsets_E)
-    return mlp.forward(x_TH, weights_TK, up, down, up_bias, down_bias, plan, form, keep)
+    with torch.cuda.device_of(x_TH):
+        return mlp.forward(x_TH, weights_TK, up, down, up_bias, down_bias, plan, form, keep)
 
 
 @moe_mlp.register_fake
@@ -385,9 +388,10 @@ def _(
 
     form = Form(act, gated, interleaved, transposed, alpha, limit)
     plan = SortPlan(choice_N, source_N, slot_TK, offsets_E)
-    return mlp.backward(
-        dy_TH, h_NJ, x_TH, weights_TK, up, down, up_bias, down_bias, plan, form, need
-    )
+    with torch.cuda.device_of(x_TH):
+        return mlp.backward(
+            dy_TH, h_NJ, x_TH, weights_TK, up, down, up_bias, down_bias, plan, form, need
+        )
 
 
 @moe_mlp_backward.register_fake

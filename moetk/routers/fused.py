@@ -6,6 +6,7 @@ logits. It says so for that forward alone: a subclass with another forward is no
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -49,7 +50,7 @@ def choose_fused(
 def why_not_fused(router: LinearRouter, ctx: RouterContext) -> str | None:
     """Why `choose_fused` cannot stand for this router in this call; None where it can."""
     who = type(router).__name__
-    if not _has_recipe(type(router)):
+    if not _has_recipe(type(router)):  # type: ignore[arg-type]
         return f"{who} has no recipe of its forward"
     if ctx.replay is not None:
         return "a choice is replayed"
@@ -71,6 +72,7 @@ def why_not_fused(router: LinearRouter, ctx: RouterContext) -> str | None:
     return None
 
 
+@functools.cache
 def _has_recipe(cls: type) -> bool:
     """Its recipe is written beside its forward, and it changes none of the steps between."""
 

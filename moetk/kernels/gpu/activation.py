@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moetk.kernels.fused_mlp import Form
-from moetk.kernels.gpu.launch import launch
+from moetk.kernels.gpu.launch import divided, launch, power_of_two
 
 
 @triton.jit
@@ -92,12 +92,13 @@ def _activation_backward(
     h_ptr,
     weights_ptr,
     choice_ptr,
-    total_ptr,
+    offsets_ptr,
     dh_ptr,
     aw_ptr,
     dw_ptr,
     N,
     I: tl.constexpr,
+    E: tl.constexpr,
     GATED: tl.constexpr,
     INTERLEAVED: tl.constexpr,
     ACT: tl.constexpr,
@@ -107,7 +108,7 @@ def _activation_backward(
     BI: tl.constexpr,
 ):
     rows = tl.program_id(0) * R + tl.arange(0, R)
-    total = tl.load(total_ptr)
+    total = tl.load(offsets_ptr + E - 1)
     choice = tl.load(choice_ptr + rows, mask=rows < N, other=0)
     used = rows < total
     w = tl.load(weights_ptr + choice, mask=used, other=0.0).to(tl.float32)[:, None]
@@ -164,28 +165,33 @@ def activation_backward(
     num_rows, width = da_NI.shape
     dh_NJ, aw_NI = torch.empty_like(h_NJ), torch.empty_like(da_NI)
     dw_TK = weights_TK.new_empty(weights_TK.shape, dtype=torch.float32)
-    block = min(256, int(triton.next_power_of_2(width)))
+    block = min(256, power_of_two(width))
     rows = 4 if num_rows >= 4096 else 1
     launch(
         _activation_backward,
-        (triton.cdiv(num_rows, rows),),
-        da_NI,
-        h_NJ,
-        weights_TK,
-        choice_N,
-        offsets_E[-1:],
-        dh_NJ,
-        aw_NI,
-        dw_TK,
-        num_rows,
-        width,
-        form.gated,
-        form.interleaved,
-        form.act,
-        form.alpha,
-        form.limit,
-        rows,
-        block,
+        (divided(num_rows, rows),),
+        (
+            da_NI,
+            h_NJ,
+            weights_TK,
+            choice_N,
+            offsets_E,
+            dh_NJ,
+            aw_NI,
+            dw_TK,
+            num_rows,
+        ),
+        (
+            width,
+            len(offsets_E),
+            form.gated,
+            form.interleaved,
+            form.act,
+            form.alpha,
+            form.limit,
+            rows,
+            block,
+        ),
         warps=4,
     )
     return dh_NJ, aw_NI, dw_TK

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from moetk.errors import MoeDtypeError, RouterConfigError
 from moetk.kernels.choose import MAX_EXPERTS, MAX_TOP_K
-from moetk.kernels.gpu.launch import launch
+from moetk.kernels.gpu.launch import divided, launch, power_of_two
 from moetk.kernels.recipe import Recipe
 
 _TL: dict[torch.dtype, Any] = {
@@ -283,8 +283,8 @@ def choose_on_gpu(
     if num_tokens == 0:
         return experts_TK, weights_TK
     groups = recipe.groups if recipe.limited else 1
-    group_columns = triton.next_power_of_2(groups)
-    member_columns = triton.next_power_of_2(num_experts // groups)
+    group_columns = power_of_two(groups)
+    member_columns = power_of_two(num_experts // groups)
     rows = max(1, _TILE // (group_columns * member_columns))
     choice_dtype = score_dtype
     if bias_E is not None:
@@ -292,27 +292,31 @@ def choose_on_gpu(
         bias_E = bias_E.contiguous()
     launch(
         _choose_kernel,
-        (triton.cdiv(num_tokens, rows),),
-        logits_TE.contiguous(),
-        bias_E,
-        experts_TK,
-        weights_TK,
-        num_tokens,
-        recipe.eps,
-        recipe.scale,
-        num_experts,
-        top_k,
-        recipe.score,
-        recipe.over_chosen,
-        groups,
-        recipe.top_groups if recipe.limited else 1,
-        recipe.renormalise,
-        _TL[score_dtype],
-        _TL[choice_dtype],
-        rows,
-        group_columns,
-        member_columns,
-        triton.next_power_of_2(top_k),
+        (divided(num_tokens, rows),),
+        (
+            logits_TE.contiguous(),
+            bias_E,
+            experts_TK,
+            weights_TK,
+            num_tokens,
+            recipe.eps,
+            recipe.scale,
+        ),
+        (
+            num_experts,
+            top_k,
+            recipe.score,
+            recipe.over_chosen,
+            groups,
+            recipe.top_groups if recipe.limited else 1,
+            recipe.renormalise,
+            _TL[score_dtype],
+            _TL[choice_dtype],
+            rows,
+            group_columns,
+            member_columns,
+            power_of_two(top_k),
+        ),
         warps=_NUM_WARPS,
     )
     return experts_TK, weights_TK
@@ -327,27 +331,31 @@ def choose_backward_on_gpu(
     dlogits_TE = torch.empty_like(logits_TE, memory_format=torch.contiguous_format)
     if num_tokens == 0:
         return dlogits_TE
-    columns = triton.next_power_of_2(num_experts)
+    columns = power_of_two(num_experts)
     rows = max(1, _TILE // columns)
     launch(
         _choose_backward_kernel,
-        (triton.cdiv(num_tokens, rows),),
-        dweights_TK.contiguous(),
-        logits_TE.contiguous(),
-        experts_TK.contiguous(),
-        dlogits_TE,
-        num_tokens,
-        recipe.eps,
-        recipe.scale,
-        num_experts,
-        top_k,
-        recipe.score,
-        recipe.over_chosen,
-        recipe.renormalise,
-        _TL[score_dtype],
-        rows,
-        columns,
-        triton.next_power_of_2(top_k),
+        (divided(num_tokens, rows),),
+        (
+            dweights_TK.contiguous(),
+            logits_TE.contiguous(),
+            experts_TK.contiguous(),
+            dlogits_TE,
+            num_tokens,
+            recipe.eps,
+            recipe.scale,
+        ),
+        (
+            num_experts,
+            top_k,
+            recipe.score,
+            recipe.over_chosen,
+            recipe.renormalise,
+            _TL[score_dtype],
+            rows,
+            columns,
+            power_of_two(top_k),
+        ),
         warps=_NUM_WARPS,
     )
     return dlogits_TE

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moetk.kernels.gpu.launch import launch
+from moetk.kernels.gpu.launch import divided, launch, power_of_two
 
 
 @triton.jit
@@ -20,16 +20,17 @@ def _gather_sum(
     rows_ptr,
     slot_ptr,
     weights_ptr,
-    total_ptr,
+    offsets_ptr,
     y_ptr,
     H: tl.constexpr,
+    E: tl.constexpr,
     K: tl.constexpr,
     WEIGHTED: tl.constexpr,
     BH: tl.constexpr,
 ):
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BH + tl.arange(0, BH)
-    total = tl.load(total_ptr)
+    total = tl.load(offsets_ptr + E - 1)
     acc = tl.zeros((BH,), tl.float32)
     for k in tl.static_range(K):
         slot = tl.load(slot_ptr + token * K + k)
@@ -49,29 +50,43 @@ def gather_sum(
     the dtype of rows. Slots behind the last offset add nothing. weights_TK None = ones."""
     (num_tokens, k), hidden = slot_TK.shape, rows_NH.shape[1]
     y_TH = rows_NH.new_empty(num_tokens, hidden)
-    block = min(int(triton.next_power_of_2(hidden)), 8192 if num_tokens >= 1024 else 512)
+    block = min(power_of_two(hidden), 8192 if num_tokens >= 1024 else 512)
     launch(
         _gather_sum,
-        (num_tokens, triton.cdiv(hidden, block)),
-        rows_NH,
-        slot_TK,
-        rows_NH if weights_TK is None else weights_TK,
-        offsets_E[-1:],
-        y_TH,
-        hidden,
-        k,
-        weights_TK is not None,
-        block,
+        (num_tokens, divided(hidden, block)),
+        (
+            rows_NH,
+            slot_TK,
+            rows_NH if weights_TK is None else weights_TK,
+            offsets_E,
+            y_TH,
+        ),
+        (
+            hidden,
+            len(offsets_E),
+            k,
+            weights_TK is not None,
+            block,
+        ),
         warps=4 if block <= 2048 else 8,
     )
     return y_TH
 
 
 @triton.jit
-def _spread(x_ptr, slot_ptr, total_ptr, y_ptr, H: tl.constexpr, K: tl.constexpr, BH: tl.constexpr):
+def _spread(
+    x_ptr,
+    slot_ptr,
+    offsets_ptr,
+    y_ptr,
+    H: tl.constexpr,
+    E: tl.constexpr,
+    K: tl.constexpr,
+    BH: tl.constexpr,
+):
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BH + tl.arange(0, BH)
-    total = tl.load(total_ptr)
+    total = tl.load(offsets_ptr + E - 1)
     values = tl.load(x_ptr + token * H + column, mask=column < H)
     for k in tl.static_range(K):
         slot = tl.load(slot_ptr + token * K + k)
@@ -84,17 +99,22 @@ def spread(x_TH: Tensor, slot_TK: Tensor, offsets_E: Tensor) -> Tensor:
     last offset are not written."""
     (num_tokens, k), hidden = slot_TK.shape, x_TH.shape[1]
     y_NH = x_TH.new_empty(num_tokens * k, hidden)
-    block = min(int(triton.next_power_of_2(hidden)), 4096)
+    block = min(power_of_two(hidden), 4096)
     launch(
         _spread,
-        (num_tokens, triton.cdiv(hidden, block)),
-        x_TH,
-        slot_TK,
-        offsets_E[-1:],
-        y_NH,
-        hidden,
-        k,
-        block,
+        (num_tokens, divided(hidden, block)),
+        (
+            x_TH,
+            slot_TK,
+            offsets_E,
+            y_NH,
+        ),
+        (
+            hidden,
+            len(offsets_E),
+            k,
+            block,
+        ),
         warps=4,
     )
     return y_NH
@@ -150,17 +170,21 @@ def segment_sum(
     block = 64
     launch(
         _segment_sum,
-        (len(offsets_E), triton.cdiv(width, block)),
-        rows,
-        offsets_E if source_N is None else source_N,
-        offsets_E if choice_N is None else choice_N,
-        rows if weights_TK is None else weights_TK,
-        offsets_E,
-        sum_EB,
-        width,
-        weights_TK is not None,
-        32,
-        block,
+        (len(offsets_E), divided(width, block)),
+        (
+            rows,
+            offsets_E if source_N is None else source_N,
+            offsets_E if choice_N is None else choice_N,
+            rows if weights_TK is None else weights_TK,
+            offsets_E,
+            sum_EB,
+        ),
+        (
+            width,
+            weights_TK is not None,
+            32,
+            block,
+        ),
         warps=4,
     )
     return sum_EB

@@ -17,48 +17,70 @@ from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 _compiled: dict[tuple[Any, ...], Any] = {}
-_constants: dict[Any, tuple[bool, ...]] = {}
 _thread = threading.local()
 
 
-def launch(kernel: Any, grid: tuple[int, ...], *args: Any, warps: int = 4, stages: int = 3) -> None:
-    """kernel[grid](*args, num_warps=warps, num_stages=stages) on the current stream.
+def launch(
+    kernel: Any,
+    grid: tuple[int, ...],
+    args: tuple[Any, ...],
+    constants: tuple[Any, ...] = (),
+    *,
+    warps: int = 4,
+    stages: int = 3,
+) -> None:
+    """kernel[grid](*args, *constants, num_warps=warps, num_stages=stages) on the current stream.
 
-    All of the kernel's arguments by position, constants included.
+    args: tensors, descriptors, numbers and None, in the kernel's order; constants: what its
+    signature has behind them.
     """
     hooks = getattr(knobs.runtime.launch_enter_hook, "calls", None)
     if hooks or not isinstance(kernel, JITFunction):  # a profiler, or the interpreter
-        kernel[grid](*args, num_warps=warps, num_stages=stages)
+        kernel[grid](*args, *constants, num_warps=warps, num_stages=stages)
         return
-    constants = _constants.get(kernel)
-    if constants is None:
-        constants = _constants[kernel] = tuple(p.is_constexpr for p in kernel.params)
-    device = torch.cuda.current_device()
+    device = torch._C._cuda_getDevice()
     if getattr(_thread, "device", None) != device:
         # Backward runs in a thread of its own, which has no CUDA context until something was
         # launched there; a descriptor cannot be made without one.
         torch.zeros(1, device=device)
         _thread.device = device
-    key = (kernel, device, warps, stages, *map(_kind, args, constants))
+    key = (id(kernel), device, warps, stages, constants, *map(_kind, args))
     compiled = _compiled.get(key)
     if compiled is None:
-        _compiled[key] = kernel[grid](*args, num_warps=warps, num_stages=stages)
+        _compiled[key] = kernel[grid](*args, *constants, num_warps=warps, num_stages=stages)
         return
     x, y, z = (*grid, 1, 1)[:3]
-    stream = torch._C._cuda_getCurrentRawStream(device)
     compiled.run(
-        x, y, z, stream, compiled.function, compiled.packed_metadata, None, None, None, *args
+        x,
+        y,
+        z,
+        torch._C._cuda_getCurrentRawStream(device),
+        compiled.function,
+        compiled.packed_metadata,
+        None,
+        None,
+        None,
+        *args,
+        *constants,
     )
 
 
-def _kind(arg: Any, constant: bool) -> Any:
+def _kind(arg: Any) -> Any:
     """What Triton specialises code on, for one argument."""
-    if constant or arg is None:
-        return arg
     if isinstance(arg, Tensor):
         return arg.dtype, arg.data_ptr() % 16 == 0
     if isinstance(arg, TensorDescriptor):
         return arg.base.dtype, tuple(arg.block_shape)
-    if isinstance(arg, float):
-        return float
-    return arg == 1, arg % 16 == 0, arg >= 2**31
+    if isinstance(arg, int):
+        return arg == 1, arg % 16 == 0, arg >= 2**31
+    return type(arg)
+
+
+def divided(count: int, block: int) -> int:
+    """How many blocks hold `count`. (Triton's own `cdiv` takes microseconds outside a kernel.)"""
+    return -(-count // block)
+
+
+def power_of_two(count: int) -> int:
+    """The next power of two, `count` itself where it is one."""
+    return 1 << max(count - 1, 0).bit_length()

@@ -12,8 +12,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from moetk.kernels.gpu.launch import launch
-from moetk.kernels.gpu.tiles import Tile, in_groups, tile_for
+from moetk.kernels.gpu.launch import divided, launch
+from moetk.kernels.gpu.tiles import Tile, in_groups, matrix, tile_for
 
 
 @triton.jit
@@ -24,6 +24,7 @@ def _outer(
     source_ptr,
     offsets_ptr,
     c_ptr,
+    c_desc,
     A: tl.constexpr,
     B: tl.constexpr,
     GATHER: tl.constexpr,
@@ -44,7 +45,18 @@ def _outer(
     width: tl.constexpr = A if GATHER == "left" else B
     columns = pm * BM + tl.arange(0, BM) if GATHER == "left" else pn * BN + tl.arange(0, BN)
     inside = (columns < width)[None, :]
-    acc = tl.zeros((BM, BN), tl.float32)
+    # A tile that ends with its expert's matrix is moved by the copy engine.
+    even: tl.constexpr = A % BM == 0
+    m = pm * BM + tl.arange(0, BM)
+    n = pn * BN + tl.arange(0, BN)
+    c = c_ptr + expert.to(tl.int64) * A * B + m[:, None].to(tl.int64) * B + n[None, :]
+    ok = (m < A)[:, None] & (n < B)[None, :]
+    if not ADD:
+        acc = tl.zeros((BM, BN), tl.float32)
+    elif even:
+        acc = c_desc.load([expert * A + pm * BM, pn * BN]).to(tl.float32)
+    else:
+        acc = tl.load(c, mask=ok, other=0.0).to(tl.float32)
     whole = start + (end - start) // BK * BK
     for row in range(start, whole, BK):
         if GATHER == "none":
@@ -81,13 +93,10 @@ def _outer(
                 left = tl.where(mine, left_desc.load([whole, pm * BM]), 0.0)
                 right = rows
         acc = tl.dot(left.T, right, acc)
-    m = pm * BM + tl.arange(0, BM)
-    n = pn * BN + tl.arange(0, BN)
-    c = c_ptr + expert.to(tl.int64) * A * B + m[:, None].to(tl.int64) * B + n[None, :]
-    ok = (m < A)[:, None] & (n < B)[None, :]
-    if ADD:
-        acc += tl.load(c, mask=ok, other=0.0).to(tl.float32)
-    tl.store(c, acc.to(c_ptr.dtype.element_ty), mask=ok)
+    if even:
+        c_desc.store([expert * A + pm * BM, pn * BN], acc.to(c_ptr.dtype.element_ty))
+    else:
+        tl.store(c, acc.to(c_ptr.dtype.element_ty), mask=ok)
 
 
 def outer(
@@ -105,11 +114,12 @@ def outer(
 
     gather: which of the two, "left" or "right", is (T, width) and read at source_N; the other, and
     with "none" both, are (N, width). into: is added to, in place, with one rounding, and returned;
-    None = a new tensor. kernel: its name in the table of tiles. An expert without
-    rows gets zeros. Sums run in the order of the rows, in fp32, without atomics.
+    None = a new tensor. kernel: its name in the table of tiles, "_add" behind it with into. An
+    expert without rows gets zeros. Sums run in the order of the rows, in fp32, without atomics.
     """
     num_experts, (a, b) = len(offsets_E), (left.shape[1], right.shape[1])
     num_rows = len(right) if gather != "right" else len(left)
+    kernel = kernel if into_EAB is None else f"{kernel}_add"
     tile = tile or tile_for(kernel, num_rows, num_experts, b, a)
     c_EAB = left.new_empty(num_experts, a, b) if into_EAB is None else into_EAB
     gathered = left if gather == "left" else right
@@ -120,21 +130,26 @@ def outer(
     )
     launch(
         _outer,
-        (num_experts * triton.cdiv(a, tile.m) * triton.cdiv(b, tile.n),),
-        left_desc or right_desc,
-        right_desc or left_desc,
-        gathered,
-        offsets_E if source_N is None else source_N,
-        offsets_E,
-        c_EAB,
-        a,
-        b,
-        gather,
-        into_EAB is not None,
-        tile.m,
-        tile.n,
-        tile.k,
-        tile.group,
+        (num_experts * divided(a, tile.m) * divided(b, tile.n),),
+        (
+            left_desc or right_desc,
+            right_desc or left_desc,
+            gathered,
+            offsets_E if source_N is None else source_N,
+            offsets_E,
+            c_EAB,
+            TensorDescriptor.from_tensor(matrix(c_EAB), [tile.m, tile.n]),
+        ),
+        (
+            a,
+            b,
+            gather,
+            into_EAB is not None,
+            tile.m,
+            tile.n,
+            tile.k,
+            tile.group,
+        ),
         warps=tile.warps,
         stages=tile.stages,
     )

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moetk.kernels.gpu.launch import launch
+from moetk.kernels.gpu.launch import divided, launch, power_of_two
 
 _BLOCK = 256  # choices of one program
 _PART = 32  # choices that a block is compared with at a time; with twice as many it spills
@@ -129,50 +129,62 @@ def sort_on_gpu(
     slot_TK, offsets_E = fresh(*experts_TK.shape), fresh(num_experts)
     if num_choices == 0:
         return choice_N, source_N, slot_TK, offsets_E.zero_()
-    num_blocks = triton.cdiv(num_choices, _BLOCK)
-    columns = max(32, triton.next_power_of_2(num_experts))  # a warp's width, for the histogram
+    num_blocks = divided(num_choices, _BLOCK)
+    columns = max(32, power_of_two(num_experts))  # a warp's width, for the histogram
     counts_BE, counts_E = fresh(num_blocks, num_experts), fresh(num_experts)
     experts_N = experts_TK.contiguous()
     kept_N = None if kept_TK is None else kept_TK.contiguous()
     launch(
         _count_kernel,
         (num_blocks,),
-        experts_N,
-        kept_N,
-        counts_BE,
-        slot_TK,
-        num_choices,
-        num_experts,
-        columns,
-        _BLOCK,
-        _PART,
+        (
+            experts_N,
+            kept_N,
+            counts_BE,
+            slot_TK,
+            num_choices,
+        ),
+        (
+            num_experts,
+            columns,
+            _BLOCK,
+            _PART,
+        ),
         warps=8,
     )
     launch(
         _scan_kernel,
-        (triton.cdiv(num_experts, _SCAN_EXPERTS),),
-        counts_BE,
-        counts_E,
-        num_blocks,
-        num_experts,
-        _SCAN_BLOCKS,
-        _SCAN_EXPERTS,
+        (divided(num_experts, _SCAN_EXPERTS),),
+        (
+            counts_BE,
+            counts_E,
+            num_blocks,
+        ),
+        (
+            num_experts,
+            _SCAN_BLOCKS,
+            _SCAN_EXPERTS,
+        ),
     )
     launch(
         _place_kernel,
         (num_blocks,),
-        experts_N,
-        kept_N,
-        counts_BE,
-        counts_E,
-        choice_N,
-        source_N,
-        slot_TK,
-        offsets_E,
-        num_choices,
-        experts_TK.shape[1],
-        num_experts,
-        columns,
-        _BLOCK,
+        (
+            experts_N,
+            kept_N,
+            counts_BE,
+            counts_E,
+            choice_N,
+            source_N,
+            slot_TK,
+            offsets_E,
+            num_choices,
+        ),
+        (
+            experts_TK.shape[1],
+            num_experts,
+            columns,
+            _BLOCK,
+        ),
     )
     return choice_N, source_N, slot_TK, offsets_E

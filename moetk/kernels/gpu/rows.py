@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from moetk.kernels.gpu.launch import launch
+from moetk.kernels.gpu.launch import divided, launch
 from moetk.kernels.gpu.tiles import (
     Tile,
     count_tiles,
@@ -108,29 +108,33 @@ def rows_times(
     c_NB = x.new_empty(num_rows, columns)
     tile = tile or tile_for(kernel, num_rows, num_experts, columns, reduction)
     block = [tile.n, tile.k] if columns_first else [tile.k, tile.n]
-    tiles = grid_rows(num_rows, num_experts, tile.m) * triton.cdiv(columns, tile.n)
+    tiles = grid_rows(num_rows, num_experts, tile.m) * divided(columns, tile.n)
     launch(
         _rows,
         (programs(tiles, tile, x.device),),
-        x,
-        TensorDescriptor.from_tensor(x, [tile.m, tile.k]),
-        offsets_E if source_N is None else source_N,
-        TensorDescriptor.from_tensor(matrix(weights), block),
-        x if bias_EB is None else bias_EB,
-        offsets_E,
-        c_NB,
-        TensorDescriptor.from_tensor(c_NB, [tile.m, tile.n]),
-        reduction,
-        columns,
-        num_experts,
-        padded(num_experts),
-        columns_first,
-        source_N is not None,
-        bias_EB is not None,
-        tile.m,
-        tile.n,
-        tile.k,
-        tile.group,
+        (
+            x,
+            TensorDescriptor.from_tensor(x, [tile.m, tile.k]),
+            offsets_E if source_N is None else source_N,
+            TensorDescriptor.from_tensor(matrix(weights), block),
+            x if bias_EB is None else bias_EB,
+            offsets_E,
+            c_NB,
+            TensorDescriptor.from_tensor(c_NB, [tile.m, tile.n]),
+        ),
+        (
+            reduction,
+            columns,
+            num_experts,
+            padded(num_experts),
+            columns_first,
+            source_N is not None,
+            bias_EB is not None,
+            tile.m,
+            tile.n,
+            tile.k,
+            tile.group,
+        ),
         warps=tile.warps,
         stages=tile.stages,
     )

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moetk.kernels.gpu.launch import launch
+from moetk.kernels.gpu.launch import divided, launch
 
 _BLOCK = 1024
 
@@ -34,11 +34,15 @@ def two_summands(x_MN: Tensor, dtype: torch.dtype) -> Tensor:
     if x_MN.numel():
         launch(
             _two_summands_kernel,
-            (triton.cdiv(x_MN.numel(), _BLOCK),),
-            x_MN.contiguous(),
-            both_M2N,
-            x_MN.numel(),
-            columns,
-            _BLOCK,
+            (divided(x_MN.numel(), _BLOCK),),
+            (
+                x_MN.contiguous(),
+                both_M2N,
+                x_MN.numel(),
+            ),
+            (
+                columns,
+                _BLOCK,
+            ),
         )
     return both_M2N

@@ -16,6 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moetk.kernels.gpu.launch import power_of_two
+
 
 @triton.jit
 def find_tile(offsets_ptr, pid, num_n, E: tl.constexpr, EP: tl.constexpr, BM: tl.constexpr):
@@ -126,7 +128,7 @@ def _multiprocessors(device: torch.device) -> int:
 
 def padded(num_experts: int) -> int:
     """E as a power of two: what a program holds of the offsets."""
-    return int(triton.next_power_of_2(num_experts))
+    return power_of_two(num_experts)
 
 
 def matrix(stack: Tensor) -> Tensor:

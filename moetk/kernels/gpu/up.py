@@ -12,7 +12,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from moetk.kernels.fused_mlp import Form
 from moetk.kernels.gpu.activation import _act, gated
-from moetk.kernels.gpu.launch import launch
+from moetk.kernels.gpu.launch import divided, launch
 from moetk.kernels.gpu.tiles import (
     Tile,
     find_tile,
@@ -158,30 +158,34 @@ def up_activate(
     tile = tile or tile_for("up", num_rows, num_experts, width, hidden)
     launch(
         _up,
-        (grid_rows(num_rows, num_experts, tile.m) * triton.cdiv(width, tile.n),),
-        x_TH,
-        source_N,
-        _descriptor(up.contiguous(), form, tile.n, tile.k),
-        x_TH if up_bias is None else up_bias,
-        offsets_E,
-        h_NJ if keep else a_NI,
-        a_NI,
-        hidden,
-        width,
-        num_experts,
-        padded(num_experts),
-        not form.transposed,
-        form.gated,
-        form.gated and not form.interleaved,
-        up_bias is not None,
-        keep,
-        form.act,
-        form.alpha,
-        form.limit,
-        tile.m,
-        tile.n,
-        tile.k,
-        tile.group,
+        (grid_rows(num_rows, num_experts, tile.m) * divided(width, tile.n),),
+        (
+            x_TH,
+            source_N,
+            _descriptor(up.contiguous(), form, tile.n, tile.k),
+            x_TH if up_bias is None else up_bias,
+            offsets_E,
+            h_NJ if keep else a_NI,
+            a_NI,
+        ),
+        (
+            hidden,
+            width,
+            num_experts,
+            padded(num_experts),
+            not form.transposed,
+            form.gated,
+            form.gated and not form.interleaved,
+            up_bias is not None,
+            keep,
+            form.act,
+            form.alpha,
+            form.limit,
+            tile.m,
+            tile.n,
+            tile.k,
+            tile.group,
+        ),
         warps=tile.warps,
         stages=tile.stages,
     )

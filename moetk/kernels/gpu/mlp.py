@@ -35,7 +35,8 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     if not len(plan.source_N):
         return torch.zeros_like(x_TH), x_TH.new_empty(0, up.shape[2 if form.transposed else 1])
-    x_TH, weights_TK = x_TH.contiguous(), weights_TK.contiguous()
+    x_TH, weights_TK, up, down = (t.contiguous() for t in (x_TH, weights_TK, up, down))
+    up_bias, down_bias = _contiguous(up_bias), _contiguous(down_bias)
     h_NJ, a_NI = up_activate(x_TH, plan.source_N, up, up_bias, plan.offsets_E, form, keep=keep)
     o_NH = rows_times(
         "down", a_NI, down, plan.offsets_E, columns_first=not form.transposed, bias_EB=down_bias
@@ -68,6 +69,7 @@ def backward(
         return zeros[0], zeros[1], zeros[2], zeros[3], zeros[4], zeros[5]
     dx, dweights, dup, ddown, dup_bias, ddown_bias = (x_TH.new_empty(0) for _ in range(6))
     x_TH, dy_TH, weights_TK = x_TH.contiguous(), dy_TH.contiguous(), weights_TK.contiguous()
+    up, down = up.contiguous(), down.contiguous()
 
     if any(need[:5]):
         da_NI = rows_times(
@@ -98,6 +100,10 @@ def backward(
         dx_NH = rows_times("dx", dh_NJ, up, offsets_E, columns_first=form.transposed)
         dx = gather_sum(dx_NH, plan.slot_TK, None, offsets_E)
     return dx, dweights, dup, ddown, dup_bias, ddown_bias
+
+
+def _contiguous(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
 
 
 def _up_gradient(

@@ -162,7 +162,7 @@ def up_activate(
         (
             x_TH,
             source_N,
-            _descriptor(up.contiguous(), form, tile.n, tile.k),
+            _descriptor(up, form, tile.n, tile.k),
             x_TH if up_bias is None else up_bias,
             offsets_E,
             h_NJ if keep else a_NI,

@@ -167,6 +167,30 @@ def a_row_of_nan() -> None:
     assert found[1][0][4].isnan().all() and (found[1][0][0] == 0).all()
 
 
+def views() -> None:
+    """Tensors with other strides are what they show; the gradient of a sum has stride 0."""
+    torch.manual_seed(0)
+    spec, routing = BankSpec(3, 20, 12), a_routing(7, 3, 2, True)
+    weights, x_TH = make_weights(spec, True, torch.float32), normal(7, 20).requires_grad_()
+
+    def strided(tensor: Tensor) -> Tensor:
+        wide = torch.full((*tensor.shape, 2), float("nan"))
+        wide[..., 0] = tensor.detach()
+        return wide[..., 0].requires_grad_()
+
+    held = {name: strided(t) for name, t in vars(weights).items() if isinstance(t, Tensor)}
+    others = replace(weights, **held), strided(x_TH)
+    viewed_by = replace(routing, weights_TK=strided(routing.weights_TK))
+    with on_kernels():
+        want = gradients(fused(spec, weights, x_TH, routing), weights, x_TH, routing)
+        found = gradients(fused(spec, *others, viewed_by), *others, viewed_by)
+        for name, tensor in want.items():
+            near(found[name], tensor)
+        (summed_TH,) = torch.autograd.grad(fused(spec, weights, x_TH, routing).sum(), x_TH)
+        ones = torch.autograd.grad(fused(spec, weights, x_TH, routing), x_TH, torch.ones(7, 20))
+        assert torch.equal(summed_TH, ones[0])
+
+
 def one_gradient_alone() -> None:
     torch.manual_seed(0)
     spec, routing = BankSpec(3, 20, 12), a_routing(7, 3, 2, True)
@@ -215,6 +239,7 @@ COUNTS = {
     "empty first": [0, 0, 5, 17],
     "empty between": [16, 0, 33],
     "empty last": [15, 2, 0],
+    "all but one of a tile": [17, 15],
     "whole tiles": [16, 32],
     "nobody": [0, 0],
 }
@@ -247,9 +272,12 @@ def products(counts: list[int]) -> None:
     ):
         held = weights_EAB.transpose(1, 2).contiguous() if first else weights_EAB
         how = {"columns_first": first, "bias_EB": bias_EB, "tile": tile}
-        near(rows_times("down", rows_NA, held, offsets_E, **how)[:used], want_NB)
-        found_NB = rows_times("down", x_TA, held, offsets_E, source_N=source_N, **how)
-        near(found_NB[:used], want_NB)
+        for found_NB in (
+            rows_times("down", rows_NA, held, offsets_E, **how),
+            rows_times("down", x_TA, held, offsets_E, source_N=source_N, **how),
+        ):
+            near(found_NB[:used], want_NB)
+            assert found_NB[used:].isnan().all()  # as poisoned memory was: nothing wrote there
         gathered = {"tile": tile, "source_N": source_N}
         found = [
             outer("dup", rows_NA, other_NB, offsets_E, tile=tile),
@@ -326,6 +354,7 @@ CASES: dict[str, Callable[[], None]] = {
     "layer: few tokens": few_tokens,
     "layer: nothing kept": nothing_kept,
     "layer: a row of NaN": a_row_of_nan,
+    "layer: views": views,
     "layer: one gradient alone": one_gradient_alone,
     "layer: added gradients": partial(added_gradients, False),
     "layer: added gradients, transposed": partial(added_gradients, True),

@@ -94,7 +94,8 @@ class BankUnderTest:
         """The BankWeights that the spec speaks of, made of `parameters` where given."""
         names = weight_names(self)
         held = {**self.parameters, **(parameters or {})}
-        return BankWeights(**{which: held[name] for which, name in names.items()})
+        made = {which: held[name] for which, name in names.items()}
+        return BankWeights(made["up"], made["down"], made.get("up_bias"), made.get("down_bias"))
 
 
 def bank_under_test(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import re
 from dataclasses import replace
 from functools import partial
@@ -99,11 +100,19 @@ def test_auto_takes_grouped_where_it_cannot(
         assert message in str(caught.value)
 
 
-def test_a_device_before_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("triton", "says"),
+    [(None, "needs the package triton"), ("here", "compute capability 8.0, needs 9.0")],
+)
+def test_devices_without_its_kernels(
+    monkeypatch: pytest.MonkeyPatch, triton: str | None, says: str
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: triton)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     backends_room._lacks.cache_clear()
-    with pytest.raises(BackendError, match="compute capability 8.0, needs 9.0"):
+    with pytest.raises(BackendError, match=f"cannot run the bank: {says}. Use"):
         pick_backend("fused", torch.bfloat16, torch.device("cuda"), 8)
+    assert pick_backend("auto", torch.bfloat16, torch.device("cuda"), 8).name == "grouped"
     backends_room._lacks.cache_clear()
 
 

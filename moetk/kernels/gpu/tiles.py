@@ -8,14 +8,17 @@ from __future__ import annotations
 import csv
 import functools
 import math
+import os
 from dataclasses import dataclass
 from importlib.resources import files
+from pathlib import Path
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from moetk.errors import BackendError
 from moetk.kernels.gpu.launch import power_of_two
 
 
@@ -81,9 +84,12 @@ _COLUMNS = ("m", "n", "k", "warps", "stages", "group", "per_sm")
 
 @functools.cache
 def tile_table() -> dict[str, list[tuple[float, int, int, Tile]]]:
-    """kernel -> [(rows of an expert, columns, reduction, tile)], measured; see scripts/results."""
+    """kernel -> [(rows of an expert, columns, reduction, tile)], as measured on an H200; or, where
+    the environment variable MOETK_TILES names a file of `moetk bench layer --tune`, from there."""
     table: dict[str, list[tuple[float, int, int, Tile]]] = {}
-    with (files("moetk.kernels.gpu") / "tiles.csv").open() as stream:
+    own = os.environ.get("MOETK_TILES")
+    shipped = files("moetk.kernels.gpu") / "tiles.csv"
+    with Path(own).open() if own else shipped.open() as stream:
         for row in csv.DictReader(stream):
             tile = Tile(*(int(row[name]) for name in _COLUMNS))
             where = float(row["rows"]), int(row["columns"]), int(row["reduction"])
@@ -98,6 +104,10 @@ def _nearest(kernel: str, rows: float, columns: int, reduction: int) -> Tile:
         of_shape = abs(math.log2(entry[1] / columns)) + abs(math.log2(entry[2] / reduction))
         return 4 * of_rows + of_shape  # the rows decide how full a tile is
 
+    if kernel not in tile_table():
+        raise BackendError(
+            f"the table of tiles has no row for the kernel {kernel!r} (MOETK_TILES)."
+        )
     return min(tile_table()[kernel], key=distance)[3]
 
 

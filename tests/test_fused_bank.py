@@ -295,7 +295,7 @@ def test_views_are_what_they_show() -> None:
     assert torch.equal(y_TH, plain)
     dy_TH = torch.randn(32, 12).double().t()
     pairs = [
-        (torch.autograd.grad(y, (x, r.weights_TK, weights.up), g, retain_graph=True))
+        torch.autograd.grad(y, (x, r.weights_TK, weights.up), g, retain_graph=True)
         for g in (dy_TH, dy_TH.contiguous())
         for y, x, r in ((y_TH, view_TH, viewed_by), (plain, x_TH, routing))
     ]

@@ -28,6 +28,7 @@ __all__ = [
     "replace_moe",
     "replay",
     "routers",
+    "speed_up",
     "trace",
 ]
 
@@ -51,6 +52,7 @@ _MODULE_OF = {
     "register": "moetk.layers.register",
     "replace_moe": "moetk.layers.replace",
     "replay": "moetk.layers.recording",
+    "speed_up": "moetk.layers.step",
     "trace": "moetk.equivalence.tracing",
 }
 
@@ -68,6 +70,7 @@ if TYPE_CHECKING:  # what editors and mypy read; a test holds it equal to the ta
     from moetk.layers.recording import record, replay
     from moetk.layers.register import register
     from moetk.layers.replace import Replacement, replace_moe
+    from moetk.layers.step import speed_up
     from moetk.routers import LinearRouter
     from moetk.routing import ExpertChoice, Routing, SoftChoice, TokenChoice
 else:  # hidden from type checkers, so that they still flag a name that is not there

@@ -178,6 +178,13 @@ def _check_adds(x_TH: Tensor, up: Tensor, down: Tensor) -> None:
             raise BackendError(f"add_to_grad=True: {why}. Leave it out: gradients are returned.")
 
 
+def _addable(weight: Tensor) -> Tensor | None:
+    """The gradient that a kernel may add to: there, dense, and of the weight's dtype."""
+    grad = weight.grad
+    fits = grad is not None and grad.is_contiguous() and grad.dtype == weight.dtype
+    return grad if fits else None
+
+
 class _Direct(torch.autograd.Function):
     """The kernels of both operators, called as they are; see `direct`."""
 
@@ -202,7 +209,7 @@ class _Direct(torch.autograd.Function):
         h_NJ, x_TH, weights_TK, up, down, up_bias, down_bias = ctx.saved_tensors
         tensors = (x_TH, weights_TK, up, down, up_bias, down_bias)
         wanted = ctx.needs_input_grad[:6]
-        into = (up.grad, down.grad) if ctx.adds else (None, None)
+        into = (_addable(up), _addable(down)) if ctx.adds else (None, None)
         with torch.cuda.device_of(x_TH):
             grads = mlp.backward(dy_TH, h_NJ, *tensors, ctx.plan, ctx.form, list(wanted), into)
         added = (None, None, *into, None, None)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from moetk.bench.shapes import LayerShape
-from moetk.kernels.fused_mlp import Form
+from moetk.kernels.form import Form
 from moetk.kernels.sort_plan import SortPlan, sort_plan
 
 if TYPE_CHECKING:

@@ -16,7 +16,8 @@ from torch import Tensor
 from moetk.errors import BackendError, UnsupportedRoutingError
 from moetk.experts.activations import Activation, ClampedGated, GptOssGated, Plain
 from moetk.experts.spec import BankSpec, BankWeights
-from moetk.kernels.fused_mlp import Form, experts_mlp
+from moetk.kernels.form import Form
+from moetk.kernels.fused_mlp import experts_mlp
 from moetk.kernels.sort_plan import sort_plan
 from moetk.routing import Routing, TokenChoice
 

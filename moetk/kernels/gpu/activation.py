@@ -1,6 +1,6 @@
 """What stands between an expert's two matrices, on values in registers and as one backward pass.
 
-Twin: `moetk.experts.activations`, and `activation_backward` in `moetk.kernels.fused_mlp`.
+Twin: `moetk.kernels.form.Form`.
 
 Letters: N rows in expert order, I expert width, J = 2I for gated activations, else I, T tokens,
 K choices a token.
@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moetk.kernels.fused_mlp import Form
+from moetk.kernels.form import Form
 from moetk.kernels.gpu.launch import divided, launch, power_of_two
 
 

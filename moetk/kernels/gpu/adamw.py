@@ -51,8 +51,8 @@ def _step(
         param -= decay * param
     exp_avg = keep1 * exp_avg + take1 * grad
     exp_avg_sq = keep2 * exp_avg_sq + take2 * grad * grad
-    root = tl.sqrt_rn(exp_avg_sq) * root_scale + eps
-    param -= tl.div_rn(first_scale * exp_avg, root)
+    root = tl.sqrt(exp_avg_sq) * root_scale + eps
+    param -= first_scale * exp_avg / root
 
     tl.store(param_ptr + i, param.to(param_ptr.dtype.element_ty), mask=inside)
     tl.store(exp_avg_ptr + i, exp_avg.to(exp_avg_ptr.dtype.element_ty), mask=inside)

@@ -9,7 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moetk.kernels.fused_mlp import Form, row_experts
+from moetk.kernels.form import Form
+from moetk.kernels.fused_mlp import row_experts
 from moetk.kernels.gpu.activation import activation_backward
 from moetk.kernels.gpu.combine import gather_sum, segment_sum, spread
 from moetk.kernels.gpu.outer import outer

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from moetk.kernels.fused_mlp import Form
+from moetk.kernels.form import Form
 from moetk.kernels.gpu.activation import _act, gated
 from moetk.kernels.gpu.launch import divided, launch
 from moetk.kernels.gpu.tiles import (

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from moetk.experts import auto_row
+from moetk.experts import auto_row, backends, pick_backend
 from moetk.layers.find import runs_on
 from moetk.layers.shells import CUSTOM, Site
 
@@ -58,16 +58,19 @@ def _backend(site: Site, experts: nn.Module) -> tuple[str, str]:
         return "stock", 'stock: asked for with backend="stock"; transformers\' own experts run'
     if site.backend != "auto":
         return site.backend, f'{site.backend}: asked for with backend="{site.backend}"'
-    device, dtype = runs_on(experts).type, next(experts.parameters()).dtype
-    names = {}
+    device, dtype = runs_on(experts), next(experts.parameters()).dtype
+    measured: dict[str, str] = {}
     for rows in (1, 2**10, 2**20):
-        row = auto_row(device, dtype, rows)
-        names[row.backend] = row
-    why = "; ".join(
-        f"{name} up to {row.max_rows:g} rows ({row.measured})" for name, row in names.items()
-    )
+        row = auto_row(device.type, dtype, rows)
+        picked = pick_backend("auto", dtype, device, rows, spec=site.spec)
+        why = f"up to {row.max_rows:g} rows ({row.measured})"
+        if picked.name != row.backend:
+            refused = next(one for one in backends() if one.name == row.backend)
+            why = f"{row.backend} cannot run: {refused.why_not(dtype, device, site.spec)}"
+        measured[picked.name] = why
     dtype_name = str(dtype).removeprefix("torch.")
-    return f"auto: {'/'.join(names)}", f"auto on {device}, {dtype_name}: {why}"
+    whys = "; ".join(f"{name} {why}" for name, why in measured.items())
+    return f"auto: {'/'.join(measured)}", f"auto on {device.type}, {dtype_name}: {whys}"
 
 
 def _uncounted(replacement: Replacement) -> list[str]:

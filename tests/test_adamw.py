@@ -344,7 +344,8 @@ def test_explain_says_why_torch_steps_everything() -> None:
     assert "of group 0: parameter is on cpu" in optimizer.explain()
 
 
-def test_a_grad_scalers_scale_is_torchs_to_apply(on_cpu: None) -> None:
+@pytest.mark.parametrize("unscaled", [False, True])
+def test_what_a_grad_scaler_leaves_to_the_step_is_torchs(unscaled: bool, on_cpu: None) -> None:
     results = []
     for kind in (AdamW, torch.optim.AdamW):
         param = Parameter(normal(0, 8))
@@ -353,10 +354,22 @@ def test_a_grad_scalers_scale_is_torchs_to_apply(on_cpu: None) -> None:
         for factor in (1.0, math.inf, 2.0):  # the second step is skipped, without a wait
             optimizer.zero_grad()
             scaler.scale((factor * param).sum()).backward()
+            if unscaled:  # as before gradients are clipped
+                scaler.unscale_(optimizer)
             scaler.step(optimizer)
             scaler.update()
         results.append((param.detach(), optimizer.state[param]["step"]))
     assert results[0][1] == 2 and all(map(torch.equal, *results))
+
+
+def test_moments_of_another_shape_are_refused_by_torch(on_cpu: None) -> None:
+    optimizer = AdamW([Parameter(torch.ones(3))])
+    (param,) = run(optimizer, range(1))
+    param.data = torch.ones(5)
+    param.grad = torch.ones(5)
+    assert "exp_avg is (3,)" in optimizer.explain()
+    with pytest.raises(RuntimeError, match="size"):
+        optimizer.step()
 
 
 def test_a_compiled_step_is_torchs(on_cpu: None) -> None:

@@ -31,6 +31,21 @@ class Lists(NamedTuple):
     steps: list[Tensor]
 
 
+_SETTINGS = (
+    "lr",
+    "eps",
+    "weight_decay",
+    "decoupled_weight_decay",
+    "maximize",
+    "amsgrad",
+    "foreach",
+    "capturable",
+    "differentiable",
+    "fused",
+)
+"""A group's settings that torch's functional step takes by the same name."""
+
+
 class AdamW(torch.optim.AdamW):
     """torch.optim.AdamW with the same settings, state and checkpoints, in either direction.
 
@@ -40,8 +55,8 @@ class AdamW(torch.optim.AdamW):
 
     - groups with amsgrad, capturable or differentiable, or with lr or betas as GPU tensors;
     - parameters elsewhere, of another dtype, not contiguous, or of a tensor subclass (DTensor);
-    - all parameters while torch.compile traces the step, and while a GradScaler leaves unscaling
-      to a fused optimizer.
+    - all parameters while torch.compile traces the step, and while a GradScaler leaves it to a
+      fused optimizer whether a step is taken.
 
     `explain()` says which it is. `foreach` and `fused` choose among torch's own steps; `fused` also
     keeps `step` on the GPU, as in torch. Source: arXiv 1711.05101, algorithm 2.
@@ -84,8 +99,8 @@ class AdamW(torch.optim.AdamW):
         """Why torch steps the whole group; None: it does not."""
         if torch.compiler.is_compiling():
             return "torch.compile traces the step"
-        if getattr(self, "grad_scale", None) is not None:
-            return "a GradScaler leaves unscaling to the step"
+        if any(getattr(self, name, None) is not None for name in ("grad_scale", "found_inf")):
+            return "a GradScaler leaves to the step whether it is taken"
         for option in ("amsgrad", "capturable", "differentiable"):
             if group[option]:
                 return f"{option}=True"
@@ -114,20 +129,6 @@ class AdamW(torch.optim.AdamW):
         )
 
 
-_SETTINGS = (
-    "lr",
-    "eps",
-    "weight_decay",
-    "decoupled_weight_decay",
-    "maximize",
-    "amsgrad",
-    "foreach",
-    "capturable",
-    "differentiable",
-    "fused",
-)
-
-
 def _step_by_kernel(group: dict[str, Any], lists: Lists) -> Lists:
     """Step what the kernel takes. Returns the lists of what is left."""
     rows = [Row(*row) for row in zip(*lists[:4], strict=True)]
@@ -152,19 +153,20 @@ def _sent(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
-def _why_torch_steps(*tensors: Tensor | None) -> str | None:
-    """Why torch steps a parameter, given it, its gradient and its moments; None: it does not."""
-    for name, tensor in zip(
-        ("parameter", "gradient", "exp_avg", "exp_avg_sq"), tensors, strict=True
-    ):
+def _why_torch_steps(param: Tensor, *others: Tensor | None) -> str | None:
+    """Why torch steps a parameter, given its gradient and its moments; None: it does not."""
+    names = ("parameter", "gradient", "exp_avg", "exp_avg_sq")
+    for name, tensor in zip(names, (param, *others), strict=True):
         if tensor is None:
             continue
         if type(tensor) not in (Tensor, Parameter):
             return f"{name} is a {type(tensor).__name__}"
-        if tensor.device.type not in DEVICES:
+        if tensor.device.type not in DEVICES or tensor.device != param.device:
             return f"{name} is on {tensor.device}"
         if tensor.dtype not in DTYPES:
             return f"{name} is {tensor.dtype}"
+        if tensor.shape != param.shape:
+            return f"{name} is {tuple(tensor.shape)}"  # which torch refuses in its own words
         if tensor.layout is not torch.strided or not tensor.is_contiguous():
             return f"{name} is not contiguous"
     return None

@@ -372,7 +372,8 @@ def test_moments_of_another_shape_are_refused_by_torch(on_cpu: None) -> None:
         optimizer.step()
 
 
-def test_a_compiled_step_is_torchs(on_cpu: None) -> None:
+def test_a_compiled_step_is_torchs(on_cpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(adamw, "adamw_", None)  # never called
     ours, theirs = AdamW(parameters(), 1e-2), torch.optim.AdamW(parameters(), 1e-2)
     compiled = torch.compile(ours.step, backend="eager")
     for seed in range(3):
@@ -397,10 +398,15 @@ def test_scales_are_the_corrections_of_each_step() -> None:
 def rows(dtype: torch.dtype, sizes: list[int]) -> list[Row]:
     made = []
     for seed, size in enumerate(sizes):
-        row = Row(*(normal(10 * seed + i, size, dtype=dtype) for i in range(4)))
+        row = Row(*(normal(10 * seed + i, size + 1, dtype=dtype) for i in range(4)))
         row.exp_avg_sq.square_()
-        made.append(row)
+        made.append(Row(*(tensor[:size] for tensor in row)))  # one element behind is not theirs
     return made
+
+
+def behind(tensor: Tensor) -> Tensor:
+    """The element of memory that follows a tensor's last."""
+    return tensor.as_strided((), (), tensor.numel())
 
 
 def assert_same(row: Row, twin: Row) -> None:
@@ -421,7 +427,9 @@ def kernel_is_twin(dtype: torch.dtype, weight_decay: float, maximize: bool) -> N
     steps = [torch.tensor(float(n + 1)) for n in range(len(sizes))]
     scales_N2 = step_scales(steps, 3e-3, (0.9, 0.95))
     versions = [row.param._version for row in mine]
+    beyond = [[float(behind(tensor)) for tensor in row] for row in mine]
     adamw_fused_(mine, scales_N2, numbers)
+    assert beyond == [[float(behind(tensor)) for tensor in row] for row in mine]
     for row, twin, scales_2, version in zip(mine, twins, scales_N2, versions, strict=True):
         assert row.param._version > version
         adamw_plain_(twin, scales_2, numbers)

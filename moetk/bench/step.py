@@ -6,7 +6,7 @@ the end: how far its two medians differ is how far the machine drifted.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -24,13 +24,27 @@ AGAIN = " again"
 Prepare = Callable[[Any], Any]
 
 
+def torch_adamw(parameters: Iterable[Tensor], rate: float) -> torch.optim.Optimizer:
+    """torch's fused AdamW."""
+    return torch.optim.AdamW(parameters, lr=rate, fused=True)
+
+
+def moetk_adamw(parameters: Iterable[Tensor], rate: float) -> torch.optim.Optimizer:
+    """moetk's AdamW: the same step, in one kernel a parameter."""
+    from moetk.train import AdamW
+
+    return AdamW(parameters, lr=rate)
+
+
 @dataclass(frozen=True)
 class StepContender:
-    """`prepare` changes the stock model in place before its optimizer is made. What it returns may
-    have an `explain()`, whose text says what ran."""
+    """`prepare` changes the stock model in place before its optimizer is made by `optimizer`, from
+    parameters and learning rate. What `prepare` returns may have an `explain()`, whose text says
+    what ran."""
 
     name: str
     prepare: Prepare
+    optimizer: Callable[[Iterable[Tensor], float], torch.optim.Optimizer] = torch_adamw
 
 
 def as_it_is(model: Any) -> None:
@@ -79,6 +93,7 @@ def step_contenders(backend: str = "auto") -> dict[str, StepContender]:
         StepContender("v5-checkpointing", checkpointed),
         StepContender("moetk", replaced(backend)),
         StepContender("moetk-step", sped_up(backend)),
+        StepContender("moetk-step-adamw", sped_up(backend), moetk_adamw),
     )
     return {contender.name: contender for contender in everyone}
 
@@ -148,7 +163,7 @@ def training(
     seed: int = 0,
     rate: float = 1e-5,
 ) -> Iterator[tuple[Training, str]]:
-    """A contender's model with random weights and fused AdamW, ready to step, and what it says of
+    """A contender's model with random weights and its AdamW, ready to step, and what it says of
     itself. The memory is free again afterwards."""
     from transformers import AutoModelForCausalLM
 
@@ -159,7 +174,7 @@ def training(
         )
     prepared = contender.prepare(model)
     model.train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, fused=True)
+    optimizer = contender.optimizer(model.parameters(), rate)
     phases = Phases(meter)
     # What runs after the decoder stack is the head and the loss, in one kernel or in many.
     hook = model.base_model.register_forward_hook(lambda *_: phases.enter("loss"))

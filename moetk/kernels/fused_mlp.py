@@ -310,9 +310,11 @@ def _(
     form = Form(act, gated, interleaved, transposed, alpha, limit)
     plan = SortPlan(choice_N, source_N, slot_TK, offsets_E)
     with torch.cuda.device_of(x_TH):
-        return mlp.backward(
+        grads = mlp.backward(
             dy_TH, h_NJ, x_TH, weights_TK, up, down, up_bias, down_bias, plan, form, need
         )
+    outs = [x_TH.new_empty(0) if grad is None else grad for grad in grads]
+    return outs[0], outs[1], outs[2], outs[3], outs[4], outs[5]
 
 
 @moe_mlp_backward.register_fake

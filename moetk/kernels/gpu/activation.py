@@ -157,14 +157,15 @@ def activation_backward(
     choice_N: Tensor,
     offsets_E: Tensor,
     form: Form,
+    dweights_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One pass over the activation's gradient da (of the unweighted output, not yet times the
     routing weight): dh (N, J) = w * da * act'(h), the weighted activation w * a (N, I), and the
-    routing weights' gradient <da, a> as (T, K) fp32, 0 for unused choices (SonicMoE, arXiv
+    routing weights' gradient <da, a>, (T, K), 0 for unused choices (SonicMoE, arXiv
     2512.14080). Rows behind the last offset are not written."""
     num_rows, width = da_NI.shape
     dh_NJ, aw_NI = torch.empty_like(h_NJ), torch.empty_like(da_NI)
-    dw_TK = weights_TK.new_empty(weights_TK.shape, dtype=torch.float32)
+    dw_TK = weights_TK.new_empty(weights_TK.shape, dtype=dweights_dtype)
     block = min(256, power_of_two(width))
     rows = 4 if num_rows >= 4096 else 1
     launch(
@@ -183,7 +184,7 @@ def activation_backward(
         ),
         (
             width,
-            len(offsets_E),
+            offsets_E.shape[0],
             form.gated,
             form.interleaved,
             form.act,

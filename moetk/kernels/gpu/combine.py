@@ -63,7 +63,7 @@ def gather_sum(
         ),
         (
             hidden,
-            len(offsets_E),
+            offsets_E.shape[0],
             k,
             weights_TK is not None,
             block,
@@ -111,7 +111,7 @@ def spread(x_TH: Tensor, slot_TK: Tensor, offsets_E: Tensor) -> Tensor:
         ),
         (
             hidden,
-            len(offsets_E),
+            offsets_E.shape[0],
             k,
             block,
         ),
@@ -166,11 +166,11 @@ def segment_sum(
 ) -> Tensor:
     """(E, B): the sum of each expert's rows; with the last three, of weight * rows[source]."""
     width = rows.shape[1]
-    sum_EB = rows.new_empty(len(offsets_E), width)
+    sum_EB = rows.new_empty(offsets_E.shape[0], width)
     block = 64
     launch(
         _segment_sum,
-        (len(offsets_E), divided(width, block)),
+        (offsets_E.shape[0], divided(width, block)),
         (
             rows,
             offsets_E if source_N is None else source_N,

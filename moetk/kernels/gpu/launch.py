@@ -8,6 +8,7 @@ decides is little, and is looked at here: dtypes, whether pointers are aligned, 
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -65,15 +66,45 @@ def launch(
     )
 
 
+def described(tensor: Tensor, shape: list[int], block: list[int]) -> TensorDescriptor:
+    """A dense tensor, read as one of `shape` and copied in tiles of `block`.
+
+    The tensor starts at a multiple of 16 bytes, and so does each row (`dense` sees to the former,
+    the bank's sizes to the latter). Made without the checks of TensorDescriptor, which cost more
+    than the launch.
+    """
+    strides = [1]
+    for size in shape[:0:-1]:
+        strides.insert(0, strides[0] * size)
+    made = object.__new__(TensorDescriptor)
+    made.base, made.shape, made.strides = tensor, shape, strides
+    made.block_shape, made.padding = block, "zero"
+    return made
+
+
+def dense(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy where it is strided or starts between multiples of 16 bytes."""
+    if tensor.is_contiguous() and tensor.data_ptr() % 16 == 0:
+        return tensor
+    return tensor.clone(memory_format=torch.contiguous_format)
+
+
 def _kind(arg: Any) -> Any:
     """What Triton specialises code on, for one argument."""
-    if isinstance(arg, Tensor):
-        return arg.dtype, arg.data_ptr() % 16 == 0
-    if isinstance(arg, TensorDescriptor):
-        return arg.base.dtype, tuple(arg.block_shape)
-    if isinstance(arg, int):
-        return arg == 1, arg % 16 == 0, arg >= 2**31
-    return type(arg)
+    look = _KINDS.get(type(arg))
+    return type(arg) if look is None else look(arg)
+
+
+def _of_tensor(arg: Tensor) -> tuple[torch.dtype, bool]:
+    return arg.dtype, arg.data_ptr() % 16 == 0
+
+
+_KINDS: dict[type, Callable[[Any], Any]] = {
+    Tensor: _of_tensor,
+    torch.nn.Parameter: _of_tensor,
+    TensorDescriptor: lambda arg: (arg.base.dtype, *arg.block_shape),
+    int: lambda arg: (arg == 1, arg % 16 == 0, arg >= 2**31),
+}
 
 
 def divided(count: int, block: int) -> int:

@@ -13,6 +13,7 @@ from moetk.kernels.form import Form
 from moetk.kernels.fused_mlp import row_experts
 from moetk.kernels.gpu.activation import activation_backward
 from moetk.kernels.gpu.combine import gather_sum, segment_sum, spread
+from moetk.kernels.gpu.launch import dense
 from moetk.kernels.gpu.outer import outer
 from moetk.kernels.gpu.rows import rows_times
 from moetk.kernels.gpu.up import up_activate
@@ -34,10 +35,11 @@ def forward(
     form: Form,
     keep: bool,
 ) -> tuple[Tensor, Tensor]:
-    if not len(plan.source_N):
+    if not plan.source_N.shape[0]:
         return torch.zeros_like(x_TH), x_TH.new_empty(0, up.shape[2 if form.transposed else 1])
-    x_TH, weights_TK, up, down = (t.contiguous() for t in (x_TH, weights_TK, up, down))
-    up_bias, down_bias = _contiguous(up_bias), _contiguous(down_bias)
+    x_TH, weights_TK, up, down = dense(x_TH), dense(weights_TK), dense(up), dense(down)
+    up_bias = None if up_bias is None else dense(up_bias)
+    down_bias = None if down_bias is None else dense(down_bias)
     h_NJ, a_NI = up_activate(x_TH, plan.source_N, up, up_bias, plan.offsets_E, form, keep=keep)
     o_NH = rows_times(
         "down", a_NI, down, plan.offsets_E, columns_first=not form.transposed, bias_EB=down_bias
@@ -58,32 +60,38 @@ def backward(
     form: Form,
     need: list[bool],
     into: tuple[Tensor | None, Tensor | None] = (None, None),
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """into: what the gradients of up and down are added to; None = a new tensor."""
-    source_N, offsets_E, num_rows = plan.source_N, plan.offsets_E, len(plan.source_N)
+) -> tuple[Tensor | None, ...]:
+    """The six gradients, None where `need` is False. into: what the gradients of up and down are
+    added to; None = a new tensor."""
+    source_N, offsets_E, num_rows = plan.source_N, plan.offsets_E, plan.source_N.shape[0]
     if not num_rows:
         tensors = (x_TH, weights_TK, up, down, up_bias, down_bias)
-        zeros = [
-            torch.zeros_like(t) if t is not None and wanted else x_TH.new_empty(0)
+        return tuple(
+            torch.zeros_like(t) if t is not None and wanted else None
             for t, wanted in zip(tensors, need, strict=True)
-        ]
-        return zeros[0], zeros[1], zeros[2], zeros[3], zeros[4], zeros[5]
-    dx, dweights, dup, ddown, dup_bias, ddown_bias = (x_TH.new_empty(0) for _ in range(6))
-    x_TH, dy_TH, weights_TK = x_TH.contiguous(), dy_TH.contiguous(), weights_TK.contiguous()
-    up, down = up.contiguous(), down.contiguous()
+        )
+    dx = dweights = dup = ddown = dup_bias = ddown_bias = None
+    x_TH, dy_TH, weights_TK = dense(x_TH), dense(dy_TH), dense(weights_TK)
+    up, down = dense(up), dense(down)
 
     if any(need[:5]):
         da_NI = rows_times(
             "da", dy_TH, down, offsets_E, columns_first=form.transposed, source_N=source_N
         )
         dh_NJ, aw_NI, dw_TK = activation_backward(
-            da_NI, h_NJ, weights_TK, plan.choice_N, offsets_E, form
+            da_NI,
+            h_NJ,
+            weights_TK,
+            plan.choice_N,
+            offsets_E,
+            form,
+            torch.float32 if down_bias is not None else weights_TK.dtype,
         )
         del da_NI
     if need[1]:
         if down_bias is not None:
-            dw_TK = dw_TK + _bias_dots(dy_TH, down_bias, plan)
-        dweights = dw_TK.to(weights_TK.dtype)
+            dw_TK = (dw_TK + _bias_dots(dy_TH, down_bias, plan)).to(weights_TK.dtype)
+        dweights = dw_TK
     if need[3]:
         pair, side = ((aw_NI, dy_TH), "right") if form.transposed else ((dy_TH, aw_NI), "left")
         ddown = outer(
@@ -103,15 +111,11 @@ def backward(
     return dx, dweights, dup, ddown, dup_bias, ddown_bias
 
 
-def _contiguous(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.contiguous()
-
-
 def _up_gradient(
     dh_NJ: Tensor, x_TH: Tensor, plan: SortPlan, form: Form, into: Tensor | None
 ) -> Tensor:
     source_N, offsets_E = plan.source_N, plan.offsets_E
-    if len(source_N) >= COPY_FROM * len(offsets_E):
+    if source_N.shape[0] >= COPY_FROM * offsets_E.shape[0]:
         rows_NH = spread(x_TH, plan.slot_TK, offsets_E)
         pair = (rows_NH, dh_NJ) if form.transposed else (dh_NJ, rows_NH)
         return outer("dup", *pair, offsets_E, into_EAB=into)

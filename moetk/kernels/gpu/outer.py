@@ -10,10 +10,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
-from moetk.kernels.gpu.launch import divided, launch
-from moetk.kernels.gpu.tiles import Tile, in_groups, matrix, tile_for
+from moetk.kernels.gpu.launch import described, divided, launch
+from moetk.kernels.gpu.tiles import Tile, in_groups, tile_for
 
 
 @triton.jit
@@ -117,17 +116,15 @@ def outer(
     None = a new tensor. kernel: its name in the table of tiles, "_add" behind it with into. An
     expert without rows gets zeros. Sums run in the order of the rows, in fp32, without atomics.
     """
-    num_experts, (a, b) = len(offsets_E), (left.shape[1], right.shape[1])
-    num_rows = len(right) if gather != "right" else len(left)
+    num_experts, a, b = offsets_E.shape[0], left.shape[1], right.shape[1]
+    num_rows = (left if gather == "right" else right).shape[0]
     kernel = kernel if into_EAB is None else f"{kernel}_add"
     tile = tile or tile_for(kernel, num_rows, num_experts, b, a)
     c_EAB = left.new_empty(num_experts, a, b) if into_EAB is None else into_EAB
     gathered = left if gather == "left" else right
     # A gathered operand needs no descriptor; the other's stands in for it.
-    left_desc = None if gather == "left" else TensorDescriptor.from_tensor(left, [tile.k, tile.m])
-    right_desc = (
-        None if gather == "right" else TensorDescriptor.from_tensor(right, [tile.k, tile.n])
-    )
+    left_desc = None if gather == "left" else described(left, [num_rows, a], [tile.k, tile.m])
+    right_desc = None if gather == "right" else described(right, [num_rows, b], [tile.k, tile.n])
     launch(
         _outer,
         (num_experts * divided(a, tile.m) * divided(b, tile.n),),
@@ -138,7 +135,7 @@ def outer(
             offsets_E if source_N is None else source_N,
             offsets_E,
             c_EAB,
-            TensorDescriptor.from_tensor(matrix(c_EAB), [tile.m, tile.n]),
+            described(c_EAB, [num_experts * a, b], [tile.m, tile.n]),
         ),
         (
             a,

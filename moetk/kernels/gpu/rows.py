@@ -10,16 +10,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
-from moetk.kernels.gpu.launch import divided, launch
+from moetk.kernels.gpu.launch import described, divided, launch
 from moetk.kernels.gpu.tiles import (
     Tile,
     count_tiles,
     find_tile,
     grid_rows,
     in_groups,
-    matrix,
     padded,
     programs,
     tile_for,
@@ -102,7 +100,7 @@ def rows_times(
     weights: (E, A, B), or (E, B, A) with columns_first. kernel: its name in the table of tiles.
     Rows behind the last offset are not written.
     """
-    num_rows, num_experts = len(x) if source_N is None else len(source_N), len(offsets_E)
+    num_rows, num_experts = (x if source_N is None else source_N).shape[0], offsets_E.shape[0]
     reduction = x.shape[1]
     columns = weights.shape[1] if columns_first else weights.shape[2]
     c_NB = x.new_empty(num_rows, columns)
@@ -114,13 +112,13 @@ def rows_times(
         (programs(tiles, tile, x.device),),
         (
             x,
-            TensorDescriptor.from_tensor(x, [tile.m, tile.k]),
+            described(x, [x.shape[0], reduction], [tile.m, tile.k]),
             offsets_E if source_N is None else source_N,
-            TensorDescriptor.from_tensor(matrix(weights), block),
+            described(weights, [weights.shape[0] * weights.shape[1], weights.shape[2]], block),
             x if bias_EB is None else bias_EB,
             offsets_E,
             c_NB,
-            TensorDescriptor.from_tensor(c_NB, [tile.m, tile.n]),
+            described(c_NB, [num_rows, columns], [tile.m, tile.n]),
         ),
         (
             reduction,

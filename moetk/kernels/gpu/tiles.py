@@ -16,7 +16,6 @@ from pathlib import Path
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from moetk.errors import BackendError
 from moetk.kernels.gpu.launch import power_of_two
@@ -139,8 +138,3 @@ def _multiprocessors(device: torch.device) -> int:
 def padded(num_experts: int) -> int:
     """E as a power of two: what a program holds of the offsets."""
     return power_of_two(num_experts)
-
-
-def matrix(stack: Tensor) -> Tensor:
-    """(E, A, B) as (E * A, B): one descriptor serves all experts."""
-    return stack.reshape(-1, stack.shape[-1])

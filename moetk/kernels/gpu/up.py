@@ -12,13 +12,12 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from moetk.kernels.form import Form
 from moetk.kernels.gpu.activation import _act, gated
-from moetk.kernels.gpu.launch import divided, launch
+from moetk.kernels.gpu.launch import described, divided, launch
 from moetk.kernels.gpu.tiles import (
     Tile,
     find_tile,
     grid_rows,
     in_groups,
-    matrix,
     padded,
     tile_for,
 )
@@ -121,18 +120,14 @@ def _up(
 
 def _descriptor(up: Tensor, form: Form, n: int, k: int) -> TensorDescriptor:
     """One tile of it holds the gate's columns and, beside them, the same columns of up."""
-    experts, (rows, columns) = len(up), up.shape[1:]
+    experts, rows, columns = up.shape
     if form.gated and not form.interleaved and form.transposed:
-        half = columns // 2
-        shape, block = [experts * rows, 2, half], [k, 2, n]
-        return TensorDescriptor(up, shape, [columns, half, 1], block)
+        return described(up, [experts * rows, 2, columns // 2], [k, 2, n])
     if form.gated and not form.interleaved:
-        half = rows // 2
-        shape, block = [experts * 2, half, columns], [2, n, k]
-        return TensorDescriptor(up, shape, [half * columns, columns, 1], block)
+        return described(up, [experts * 2, rows // 2, columns], [2, n, k])
     width = 2 * n if form.gated else n
     block = [k, width] if form.transposed else [width, k]
-    return TensorDescriptor.from_tensor(matrix(up), block)
+    return described(up, [experts * rows, columns], block)
 
 
 def up_activate(
@@ -150,7 +145,8 @@ def up_activate(
 
     keep: write h; else it comes back empty, (0, J). Rows behind the last offset are not written.
     """
-    num_rows, num_experts, hidden = len(source_N), len(offsets_E), x_TH.shape[1]
+    num_rows, num_experts = source_N.shape[0], offsets_E.shape[0]
+    hidden = x_TH.shape[1]
     up_width = up.shape[2] if form.transposed else up.shape[1]
     width = up_width // 2 if form.gated else up_width
     h_NJ = x_TH.new_empty(num_rows if keep else 0, up_width)

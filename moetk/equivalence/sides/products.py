@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
@@ -89,7 +90,7 @@ class Products(TorchFunctionMode):
             named = [value for key, value in kwargs.items() if key != "out"]
             operands = [t for t in (*args, *named) if isinstance(t, Tensor)]
             if len(operands) >= 2:
-                self._product(operands, result)
+                self._product(name, operands, result)
         elif name in _SUMS and args and isinstance(args[0], Tensor):
             self._sum(args[0], result)
         elif name in _SORTS and _is_vector_of_ids(args[0]):
@@ -112,15 +113,19 @@ class Products(TorchFunctionMode):
             value = result.detach().clone() if value is None else value
             product.summed, product.summed_value = result, value
 
-    def _product(self, operands: list[Tensor], result: Any) -> None:
+    def _product(self, name: str, operands: list[Tensor], result: Any) -> None:
         left, right = operands[:2]
         part = self._part(right)
         if part is None:
             return
+        value, biased = result, name == "linear" and len(operands) == 3
+        if biased:  # linear(x, w, b) is heard as the product, and what was added to it
+            operands = operands[:2]
+            with torch.no_grad():
+                value = F.linear(left, right)
         matrices = self.bank.up if part == "up" else self.bank.down
         grouped = right.ndim == 3
         ends = [t for t in operands[2:] if not t.is_floating_point()]
-        # linear(x, w, b) has added the bias already.
         plain = left.ndim == 2 and len(operands) == 2 + grouped and len(ends) == grouped
         if not plain or right.numel() != (matrices if grouped else matrices[0]).numel():
             self.clear = False
@@ -140,8 +145,10 @@ class Products(TorchFunctionMode):
                 _place(left),
                 left.detach().clone(),
                 _place(result),
-                result.detach().clone(),
-            )  # fmt: skip
+                value.detach().clone(),
+                result if biased else None,
+                result.detach().clone() if biased else None,
+            )
         )
 
     def _part(self, tensor: Tensor) -> Literal["up", "down"] | None:

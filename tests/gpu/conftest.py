@@ -1,0 +1,36 @@
+"""Tests of this folder are marked gpu, and skipped where their device is not there."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.gpu.device import DEVICE, KERNELS, why_not
+
+HERE = Path(__file__).parent
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.is_relative_to(HERE):
+            item.add_marker(pytest.mark.gpu)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def device() -> torch.device:
+    reason = why_not()
+    if reason is not None:
+        pytest.skip(reason)
+    return DEVICE
+
+
+@pytest.fixture(autouse=True)
+def clean_device(device: torch.device) -> Iterator[None]:
+    """An asynchronous error belongs to the test that caused it, and memory to the next one."""
+    torch.compiler.reset()
+    yield
+    if KERNELS:
+        torch.cuda.set_sync_debug_mode("default")
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()

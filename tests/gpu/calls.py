@@ -13,10 +13,9 @@ import torch
 from torch import Tensor
 
 from moetk.experts import BankSpec, BankWeights, bank_forward
-from moetk.experts.fused import fused
 from moetk.routing import TokenChoice
 from tests.banks import token_choice
-from tests.gpu.device import DEVICE, KERNELS, normal
+from tests.gpu.device import DEVICE, normal
 from tests.gpu.judged import grown
 
 Run = Callable[[BankSpec, BankWeights, Tensor, TokenChoice], Tensor]
@@ -24,10 +23,6 @@ BF16 = torch.bfloat16
 
 
 def on_kernels(spec: BankSpec, weights: BankWeights, x_TH: Tensor, routing: TokenChoice) -> Tensor:
-    """The bank as a user calls it; in a dry run the operator itself, which `fused` refuses there
-    by name."""
-    if not KERNELS:
-        return fused(spec, weights, x_TH, routing)
     return bank_forward(spec, weights, x_TH, routing, "fused")
 
 

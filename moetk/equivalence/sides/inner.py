@@ -124,7 +124,8 @@ def _with_choices(overheard: Products, asked: Asked) -> list[tuple[Product, Tens
     order_N = overheard.order_of(flat_N) if grouped and len(products) == 1 else None
     sizes = [len(rows) for rows, _ in parts]
     told = None if order_N is None else list(order_N[: sum(sizes)].split(sizes))
-    found = choices_of_rows(parts, num_choices, inputs, declared, told)
+    tokens_TH = None if bank.scaled else asked.x_TH.detach().to(dtype)
+    found = choices_of_rows(parts, num_choices, inputs, declared, told, tokens_TH)
     if found is None:
         return None
     remaining, ups = iter(found), []

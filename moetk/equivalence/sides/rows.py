@@ -22,6 +22,7 @@ def choices_of_rows(
     inputs: Callable[[Tensor], Tensor],
     declared: Order | None = None,
     told: list[Tensor] | None = None,
+    tokens_TA: Tensor | None = None,
 ) -> list[Tensor] | None:
     """For each part (N,) int64: the choice of each row, -1 = a row that no choice asked for. None
     where it cannot be told.
@@ -30,6 +31,9 @@ def choices_of_rows(
     slot by slot where the inputs agree with that in all parts, else each is found by its value.
     declared: which order it is where tokens have equal inputs and both agree; None = not known.
     told: the choices of each part's rows as the code itself sorted them; None = not known.
+    tokens_TA: the input of every token. Where an expert has as many rows as choices, and among them
+    a token that did not choose it, rows lie in whichever order agrees with more of the inputs: the
+    fault is what the experts read. None = rows with other values cannot be told.
     """
     if told is not None and _agree(parts, told, inputs):
         return told
@@ -48,7 +52,12 @@ def choices_of_rows(
         same = all(torch.equal(a, b) for a, b in zip(by_token, by_slot, strict=True))
         return by_token if same else None
     found = [_by_value(left, choices, num_choices, inputs(choices)) for left, choices in parts]
-    return None if any(one is None for one in found) else [one for one in found if one is not None]
+    if all(one is not None for one in found):
+        return [one for one in found if one is not None]
+    if tokens_TA is None or not _of_other_tokens(parts, inputs, tokens_TA):
+        return None
+    orders = (by_slot, by_token) if declared == "slot" else (by_token, by_slot)
+    return max(orders, key=lambda order: _agreeing(parts, order, inputs))  # the first of equals
 
 
 def _agree(
@@ -58,6 +67,32 @@ def _agree(
         len(left_NA) == len(order_C) and _same(left_NA, inputs(order_C))
         for (left_NA, _), order_C in zip(parts, orders, strict=True)
     )
+
+
+def _of_other_tokens(
+    parts: Sequence[Part], inputs: Callable[[Tensor], Tensor], tokens_TA: Tensor
+) -> bool:
+    """As many rows as choices in each part, every row a token, and some a token that did not choose
+    that expert."""
+    strange = False
+    for left_NA, choices_C in parts:
+        if len(left_NA) != len(choices_C) or not _within(left_NA, tokens_TA):
+            return False
+        strange = strange or not _within(left_NA, inputs(choices_C))
+    return strange
+
+
+def _within(rows_NA: Tensor, among_MA: Tensor) -> bool:
+    """Every row is one of the others."""
+    _, group = torch.cat([rows_NA, among_MA]).unique(dim=0, return_inverse=True)
+    return set(group[: len(rows_NA)].tolist()) <= set(group[len(rows_NA) :].tolist())
+
+
+def _agreeing(
+    parts: Sequence[Part], orders: Sequence[Tensor], inputs: Callable[[Tensor], Tensor]
+) -> int:
+    pairs = zip(parts, orders, strict=True)
+    return sum(int((left == inputs(order)).all(-1).sum()) for (left, _), order in pairs)
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

@@ -1,4 +1,4 @@
-"""A bank's own loop adds its biases inside the product or behind it: both are heard alike."""
+"""A bank with a loop of its own: biases inside the product or behind it, tokens right and wrong."""
 
 from __future__ import annotations
 
@@ -53,3 +53,35 @@ def test_the_bias_of_another_expert_shows_where_it_acts(inside: bool) -> None:
     report = moetk.compare(*layers(Loop(inside, shift=1)), torch.randn(2, 12, 16))
     assert report.first is not None and report.first.stage == "activation"
     assert report.cause is not None and str(report.cause) == "up bias of another expert"
+
+
+class OtherTokens(moetk.ExpertBank):
+    """Its experts read `tokens(t, k)`, which should be t."""
+
+    def __init__(self, right: bool) -> None:
+        super().__init__(hidden_size=16, num_experts=4, intermediate_size=24)
+        self.right = right
+
+    def forward(self, x_TH: Tensor, routing: moetk.TokenChoice) -> Tensor:
+        y_TH = torch.zeros_like(x_TH)
+        num_tokens, k = routing.experts_TK.shape
+        for e in range(4):
+            tokens, columns = torch.where(routing.experts_TK == e)
+            read = tokens if self.right else (tokens * k + columns) % num_tokens  # x.repeat(k, 1)
+            hidden = F.linear(x_TH[read], self.gate_up_proj[e])
+            out = F.linear(self.spec.activate(hidden), self.down_proj[e])
+            y_TH = y_TH.index_add(0, tokens, out * routing.weights_TK[tokens, columns, None])
+        return y_TH
+
+
+@pytest.mark.parametrize("right", [True, False])
+def test_experts_that_read_other_tokens_differ_from_their_first_product_on(right: bool) -> None:
+    torch.manual_seed(1)
+    plain = moetk.ExpertBank(hidden_size=16, num_experts=4, intermediate_size=24)
+    theirs = OtherTokens(right)
+    theirs.load_state_dict(plain.state_dict())
+    router = MixtralRouter(16, 4, 2)
+    a, b = moetk.MoELayer(router, plain), moetk.MoELayer(router, theirs)
+    report = moetk.compare(a, b, torch.randn(2, 12, 16))
+    assert report.ok == right
+    assert right or (report.first is not None and report.first.stage == "up")

@@ -1,0 +1,204 @@
+"""CUDA graphs, torch.compile and generate: nothing waits, nothing breaks the graph, and what comes
+out is what eager calls give, to the bit."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from moetk import replace_moe
+from moetk.context import RouterContext
+from moetk.equivalence.judge import relative_error
+from moetk.experts import BankSpec, ExpertBank, GptOssGated
+from moetk.routers import DeepSeekV3Router, GptOssRouter, LinearRouter, MixtralRouter
+from moetk.routers.fused import choose_fused
+from tests.gpu.calls import BF16, drawn, on_kernels
+from tests.gpu.device import DEVICE, needs_kernels, normal
+from tests.gpu.judged import assert_bitwise, grown
+from tests.tiny import FAMILIES, tiny
+
+CTX = RouterContext()
+H, E, I, TOKENS = 64, 16, 48, 100
+OSS = BankSpec(E, H, I, GptOssGated(1.7, 0.6), transposed=True, interleaved=True)
+
+
+class Layer(nn.Module):
+    """A router as its two ops, and a bank."""
+
+    def __init__(self, router: LinearRouter, spec: BankSpec, *, bias: bool = False) -> None:
+        super().__init__()
+        self.router = router
+        self.experts = ExpertBank(H, E, I, spec=spec, bias=bias, backend="fused")
+        with torch.no_grad():
+            for n, parameter in enumerate(self.parameters()):
+                parameter.copy_(normal(n, *parameter.shape, std=parameter.shape[-1] ** -0.5))
+
+    def forward(self, x_TH: Tensor) -> Tensor:
+        return self.experts(x_TH, choose_fused(self.router, x_TH, CTX, BF16))
+
+
+LAYERS: dict[str, Callable[[], Layer]] = {
+    "qwen3": lambda: Layer(MixtralRouter(H, E, 4), BankSpec(E, H, I)),
+    "fp32 logits": lambda: Layer(MixtralRouter(H, E, 4, gemm_dtype=torch.float32), OSS, bias=True),
+    "deepseek_v3": lambda: Layer(
+        DeepSeekV3Router(H, E, 4, groups=4, top_groups=2, scale=2.5), BankSpec(E, H, I)
+    ),
+    "gpt_oss": lambda: Layer(GptOssRouter(H, E, 4), OSS, bias=True),
+}
+each_layer = pytest.mark.parametrize("name", LAYERS)
+
+
+def made(name: str) -> tuple[Layer, Tensor, Tensor]:
+    layer = LAYERS[name]().to(DEVICE, BF16)
+    return layer, normal(50, TOKENS, H, dtype=BF16), normal(51, TOKENS, H, dtype=BF16)
+
+
+def stepped(layer: Layer, x_TH: Tensor, dy_TH: Tensor) -> dict[str, Tensor]:
+    """Forward and backward on leaves of this call alone: a graph cannot be captured over leaves
+    that another stream has used while their graph lives."""
+    tensors = {"x": x_TH, **dict(layer.named_parameters())}
+    leaves = {name: tensor.detach().requires_grad_() for name, tensor in tensors.items()}
+    held = {name: leaf for name, leaf in leaves.items() if name != "x"}
+    return grown(leaves, {"y": functional_call(layer, held, (leaves["x"],))}, [dy_TH])
+
+
+def captured(
+    run: Callable[[], dict[str, Tensor]],
+) -> tuple[torch.cuda.CUDAGraph, dict[str, Tensor]]:
+    """The graph of one run, and the tensors that a replay fills."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(2):
+            run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = run()
+    return graph, out
+
+
+@each_layer
+def test_the_same_twice(name):
+    layer, x_TH, dy_TH = made(name)
+    assert_bitwise(stepped(layer, x_TH, dy_TH), stepped(layer, x_TH, dy_TH))
+
+
+@needs_kernels
+@each_layer
+def test_the_host_waits_for_nothing(name):
+    layer, x_TH, dy_TH = made(name)
+    want = stepped(layer, x_TH, dy_TH)
+    torch.cuda.set_sync_debug_mode("error")
+    found = stepped(layer, x_TH, dy_TH)
+    torch.cuda.set_sync_debug_mode("default")
+    assert_bitwise(found, want)
+
+
+@needs_kernels
+@each_layer
+def test_a_captured_layer(name):
+    """Forward and backward; a replay reads what its input holds then."""
+    layer, x_TH, dy_TH = made(name)
+    graph, out = captured(lambda: stepped(layer, x_TH, dy_TH))
+    for seed in (60, 61):
+        x_TH.copy_(normal(seed, TOKENS, H))
+        graph.replay()
+        found = {key: tensor.clone() for key, tensor in out.items()}
+        assert_bitwise(found, stepped(layer, x_TH, dy_TH))
+
+
+@needs_kernels
+@each_layer
+def test_a_captured_step_with_gradients_on_parameters(name):
+    """As a training loop captures it: warm-up on a side stream, gradients left on the modules."""
+    layer, x_TH, dy_TH = made(name)
+    want = stepped(copy.deepcopy(layer), x_TH, dy_TH)
+
+    def step() -> dict[str, Tensor]:
+        layer.zero_grad(set_to_none=True)
+        layer(x_TH).backward(dy_TH)
+        return {f"d{key}": parameter.grad for key, parameter in layer.named_parameters()}
+
+    graph, out = captured(step)
+    graph.replay()
+    assert_bitwise(out, {key: want[key] for key in out})
+
+
+@needs_kernels
+@pytest.mark.parametrize("tokens", [1, 7, 300])
+@pytest.mark.parametrize("pattern", ["random", "skewed", "dropped"])
+def test_a_captured_bank(tokens, pattern):
+    call = drawn(OSS, tokens, 4, bias=True, pattern=pattern)
+    graph, out = captured(lambda: call.run(on_kernels))
+    graph.replay()
+    assert_bitwise(out, call.run(on_kernels))
+
+
+@each_layer
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=needs_kernels)])
+def test_a_compiled_layer_is_one_graph(name, backend):
+    if backend == "inductor" and name not in ("qwen3", "gpt_oss"):
+        pytest.skip("two of the layers stand for all: compiling takes seconds")
+    layer, x_TH, dy_TH = made(name)
+    want = stepped(layer, x_TH, dy_TH)
+    leaves = {"x": x_TH.requires_grad_(), **dict(layer.named_parameters())}
+    compiled = torch.compile(layer, fullgraph=True, backend=backend)
+    found = grown(leaves, {"y": compiled(x_TH)}, [dy_TH])
+    if backend == "aot_eager":
+        ours = [key for key in want if key == "y" or key.startswith("dexperts")]
+        assert_bitwise({key: found[key] for key in ours}, {key: want[key] for key in ours})
+    for key, tensor in want.items():  # a compiler may order and fuse what stands between the ops
+        assert relative_error(found[key], tensor) <= torch.finfo(tensor.dtype).eps, key
+
+
+def generated(model: Any, prompt: Tensor, mask: Tensor) -> Any:
+    return model.generate(
+        prompt,
+        attention_mask=mask,
+        max_new_tokens=8,
+        do_sample=False,
+        eos_token_id=None,
+        pad_token_id=0,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+
+
+def prompted() -> tuple[Tensor, Tensor]:
+    """Two prompts, one padded on the left."""
+    prompt = torch.randint(3, 96, (2, 6), generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    mask = torch.ones_like(prompt)
+    prompt[0, :2], mask[0, :2] = 0, 0
+    return prompt, mask
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_generates_stocks_tokens(family):
+    """Greedy, with a cache, in fp32: the router's op, and the bank that auto takes there."""
+    model = tiny(family).to(DEVICE).eval()
+    model.set_experts_implementation("eager")
+    prompt, mask = prompted()
+    want = generated(model, prompt, mask)
+    replace_moe(model)
+    found = generated(model, prompt, mask)
+    assert torch.equal(found.sequences, want.sequences)
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral", "gpt_oss", "deepseek_v3"])
+def test_generates_the_same_twice_in_bf16_on_the_fused_bank(family):
+    """One token at a time, a prompt's rows, and padding."""
+    model = tiny(family).to(DEVICE, BF16).eval()
+    replacement = replace_moe(model, backend="fused")
+    assert "fused" in replacement.explain()
+    prompt, mask = prompted()
+    first, second = (generated(model, prompt, mask) for _ in range(2))
+    assert torch.equal(first.sequences, second.sequences)
+    assert torch.equal(torch.stack(first.logits), torch.stack(second.logits))
+    assert torch.stack(first.logits).isfinite().all()

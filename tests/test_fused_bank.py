@@ -3,6 +3,7 @@ computes what `reference` computes, gradients included, and keeps little for bac
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import astuple, replace
 from functools import partial
@@ -28,6 +29,7 @@ from moetk.experts import (
     Plain,
 )
 from moetk.experts.fused import form_of, fused
+from moetk.experts.grouped import grouped
 from moetk.experts.reference import reference
 from moetk.kernels.sort_plan import sort_plan
 from moetk.routing import Routing, TokenChoice
@@ -371,3 +373,29 @@ def test_a_compiled_bank_equals_an_eager_one() -> None:
     want = gradients(fused(spec, weights, x_TH, routing), weights, x_TH, routing)
     for name, tensor in want.items():
         assert relative_error(found[name], tensor) < EXACT
+
+
+@pytest.mark.parametrize("name", ["grouped", "fused"])
+@pytest.mark.parametrize("how", ["unused", "dropped"])
+def test_the_weight_of_a_choice_that_nobody_computes_may_be_anything(name: str, how: str) -> None:
+    spec = BankSpec(2, 8, 4)
+    weights = BankWeights(torch.randn(2, 8, 8), torch.randn(2, 8, 4))
+    x_TH, weights_TK = torch.randn(3, 8), torch.tensor([[1.0, math.nan]] * 3)
+    second = -1 if how == "unused" else 1
+    kept_TK = None if how == "unused" else torch.tensor([[True, False]] * 3)
+    routing = TokenChoice(torch.tensor([[0, second]] * 3), weights_TK, 2, kept_TK=kept_TK)
+    run = {"grouped": grouped, "fused": fused}[name]
+    assert torch.allclose(
+        run(spec, weights, x_TH, routing), reference(spec, weights, x_TH, routing), atol=1e-6
+    )
+
+
+def test_an_idle_experts_bias_reaches_no_gradient() -> None:
+    spec = BankSpec(2, 8, 4)
+    down_bias = torch.tensor([[0.0] * 8, [math.inf] * 8])
+    weights = BankWeights(torch.randn(2, 8, 8), torch.randn(2, 8, 4), torch.zeros(2, 8), down_bias)
+    weights_TK = torch.ones(3, 2, requires_grad=True)
+    routing = TokenChoice(torch.tensor([[0, -1]] * 3), weights_TK, 2)
+    fused(spec, weights, torch.randn(3, 8), routing).sum().backward()
+    assert weights_TK.grad is not None
+    assert weights_TK.grad.isfinite().all() and weights_TK.grad[:, 1].eq(0).all()

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 import moetk.kernels.fused_mlp as room
 from moetk import ExpertBank
 from moetk.errors import BackendError, UnsupportedRoutingError
-from moetk.experts import BankSpec, Gated, bank_forward, pick_backend
+from moetk.experts import BankSpec, ClampedGated, Gated, bank_forward, pick_backend
 from moetk.experts.backends import TableRow
 from moetk.experts.fused import fused, why_not_fused
 from moetk.routing import ExpertChoice, SoftChoice, TokenChoice
@@ -101,14 +101,18 @@ def test_auto_takes_grouped_where_it_cannot(
 
 
 @pytest.mark.parametrize(
-    ("triton", "says"),
-    [(None, "needs the package triton"), ("here", "compute capability 8.0, needs 9.0")],
+    ("triton", "capability", "says"),
+    [
+        (None, (9, 0), "needs the package triton"),
+        ("here", (8, 0), "compute capability 8.0, needs 9 or 10"),
+        ("here", (12, 0), "compute capability 12.0, needs 9 or 10"),
+    ],
 )
 def test_devices_without_its_kernels(
-    monkeypatch: pytest.MonkeyPatch, triton: str | None, says: str
+    monkeypatch: pytest.MonkeyPatch, triton: str | None, capability: tuple[int, int], says: str
 ) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: triton)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     backends_room._lacks.cache_clear()
     with pytest.raises(BackendError, match=f"cannot run the bank: {says}. Use"):
         pick_backend("fused", torch.bfloat16, torch.device("cuda"), 8)
@@ -150,3 +154,27 @@ def test_other_backends_return_gradients_that_may_be_added() -> None:
         for held in (replace(weights, add_to_grad=True), weights)
     )
     assert all(torch.equal(found[name], tensor) for name, tensor in want.items())
+
+
+def test_gradients_are_not_added_where_several_ranks_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    weights, x_TH, _ = a_case(PLAIN)
+    monkeypatch.setattr(room, "direct", lambda tensor: True)
+    monkeypatch.setattr(room, "_several_ranks", lambda: True)
+    with pytest.raises(BackendError, match="several ranks run, and who reduces gradients"):
+        room._check_adds(x_TH, weights.up, weights.down)
+
+
+def test_gradients_are_added_only_where_the_copy_engine_reaches() -> None:
+    weight = torch.nn.Parameter(torch.zeros(4, 8, dtype=torch.bfloat16))
+    assert room._addable(weight) is None
+    lying = torch.zeros(33, dtype=torch.bfloat16)
+    for start, addable in ((0, True), (1, False)):
+        weight.grad = lying[start : start + 32].view(4, 8)
+        assert (room._addable(weight) is not None) == addable
+    weight.grad = torch.zeros(8, 4, dtype=torch.bfloat16).t()
+    assert room._addable(weight) is None
+
+
+def test_a_clamp_at_zero_is_no_kernels() -> None:
+    spec = BankSpec(2, 16, 16, activation=ClampedGated(0.0))
+    assert why_not_fused(spec, torch.bfloat16) == f"it has no kernel for {spec.activation}"

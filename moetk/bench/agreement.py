@@ -85,11 +85,18 @@ def clear_choices(logits_TE: Tensor, top_k: int) -> Tensor:
 
 def errors_of(layer: nn.Module, x_TH: Tensor, dy_TH: Tensor, truth: Truth) -> dict[str, float]:
     """Relative Frobenius errors of y, of dx and of each gradient that the layer has under the
-    block's own name; peers keep some of theirs in other layouts. The gradients are dropped."""
+    block's own name; peers keep some of theirs in other layouts. The gradients are dropped.
+
+    Backward runs twice: it makes the gradients, they are set to zero, and it adds to them, so that
+    both ways are looked at.
+    """
     layer.zero_grad(set_to_none=True)
+    dy = (dy_TH * truth.rows_T[:, None])[None]
+    layer(x_TH[None]).backward(dy)
+    layer.zero_grad(set_to_none=False)
     x = x_TH.detach()[None].requires_grad_()
     y = layer(x)
-    y.backward((dy_TH * truth.rows_T[:, None])[None])
+    y.backward(dy)
     assert x.grad is not None
     clear = truth.rows_T
     errors = {

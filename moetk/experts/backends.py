@@ -91,6 +91,11 @@ class _Fused(Backend):
         return [reason for reason in reasons if reason]
 
 
+# With the copy engine that the kernels read weights with, and 227 KiB of shared memory a block, of
+# which the largest of the shipped tiles takes 208; consumer GPUs of later generations have 99.
+_MAJORS = (9, 10)
+
+
 @_one_answer
 def _lacks_hopper(device: torch.device) -> str | None:
     return _lacks(device)
@@ -98,11 +103,14 @@ def _lacks_hopper(device: torch.device) -> str | None:
 
 @functools.cache
 def _lacks(device: torch.device) -> str | None:
-    """The kernels read weights with the copy engine that came with compute capability 9.0."""
     if importlib.util.find_spec("triton") is None:
         return "needs the package triton"
+    if torch.version.hip is not None:
+        return "needs CUDA, this torch is built for ROCm"
     major, minor = torch.cuda.get_device_capability(device)
-    return None if major >= 9 else f"compute capability {major}.{minor}, needs 9.0"
+    if major not in _MAJORS:
+        return f"compute capability {major}.{minor}, needs 9 or 10"
+    return None
 
 
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)

@@ -74,6 +74,8 @@ def why_not_fused(spec: BankSpec, dtype: torch.dtype) -> str | None:
 def form_of(spec: BankSpec) -> Form | None:
     """The spec as plain values, or None where no kernel computes its activation."""
     activation = spec.activation
+    if isinstance(activation, ClampedGated | GptOssGated) and not activation.limit > 0:
+        return None  # the kernels read 0 as no clamp
     layout = {"interleaved": spec.interleaved and spec.gated, "transposed": spec.transposed}
     if isinstance(activation, GptOssGated):
         return Form("gpt_oss", alpha=activation.alpha, limit=activation.limit, **layout)

@@ -157,7 +157,8 @@ class _DownCombine(torch.autograd.Function):
             o_NH = o_NH + _bias_rows(down_bias, plan)
         ctx.save_for_backward(a_NI, weights_TK, down, down_bias)
         ctx.plan, ctx.transposed = plan, transposed
-        return gather_sum(o_NH, plan.slot_TK, weights_TK)
+        used_TK = None if weights_TK is None else plan.weights_of_used(weights_TK)
+        return gather_sum(o_NH, plan.slot_TK, used_TK)
 
     @staticmethod
     @once_differentiable

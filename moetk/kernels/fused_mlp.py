@@ -85,18 +85,27 @@ def _check_adds(x_TH: Tensor, up: Tensor, down: Tensor) -> None:
         if not direct(x_TH):
             why = "it needs eager CUDA (no torch.compile, no dispatch mode)"
         elif weight.requires_grad and not weight.is_leaf:
-            why = f"{name} is no parameter but computed (FSDP2, LoRA, a parametrisation)"
+            why = f"{name} is no parameter but computed (LoRA, a parametrisation)"
         elif weight._backward_hooks or weight._post_accumulate_grad_hooks:
-            why = f"{name} has gradient hooks (an optimizer in backward, DDP), which would not run"
+            why = f"{name} has gradient hooks (an optimizer in backward), which would not run"
+        elif _several_ranks():
+            why = "several ranks run, and who reduces gradients (DDP, FSDP2) waits for them"
         if why:
             raise BackendError(f"add_to_grad=True: {why}. Leave it out: gradients are returned.")
 
 
+def _several_ranks() -> bool:
+    here = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return here and torch.distributed.get_world_size() > 1
+
+
 def _addable(weight: Tensor) -> Tensor | None:
-    """The gradient that a kernel may add to: there, dense, and of the weight's dtype."""
+    """The gradient that a kernel may add to: there, dense, of the weight's dtype, and where the
+    copy engine can reach it."""
     grad = weight.grad
-    fits = grad is not None and grad.is_contiguous() and grad.dtype == weight.dtype
-    return grad if fits else None
+    if grad is None or grad.dtype != weight.dtype:
+        return None
+    return grad if grad.is_contiguous() and grad.data_ptr() % 16 == 0 else None
 
 
 class _Direct(torch.autograd.Function):
@@ -167,7 +176,8 @@ def moe_mlp(
     o_NH = grouped_mm(form.activate(h_NJ), form.columns(down), offsets_E)
     if down_bias is not None:
         o_NH = o_NH + bias_rows(down_bias, offsets_E, num_rows)
-    y_TH = gather_sum(o_NH, slot_TK, weights_TK).to(x_TH.dtype)
+    used_TK = SortPlan(choice_N, source_N, slot_TK, offsets_E).weights_of_used(weights_TK)
+    y_TH = gather_sum(o_NH, slot_TK, used_TK).to(x_TH.dtype)
     return y_TH, h_NJ if keep else h_NJ[:0].clone()
 
 

@@ -29,6 +29,12 @@ class SortPlan:
     offsets_E: Tensor
     full: bool = False
 
+    def weights_of_used(self, weights_TK: Tensor) -> Tensor:
+        """The weights, 0 at choices that nobody computes, whatever they were."""
+        if self.full:
+            return weights_TK
+        return weights_TK.masked_fill(self.slot_TK >= self.offsets_E[-1], 0)
+
     @property
     def counts_E(self) -> Tensor:
         """int32, rows of each expert."""

@@ -39,7 +39,7 @@ def _gather_sum(
         row = tl.load(rows_ptr + slot.to(tl.int64) * H + column, mask=ok, other=0.0).to(tl.float32)
         if WEIGHTED:
             row = row * tl.load(weights_ptr + token * K + k).to(tl.float32)
-        acc += row
+        acc += tl.where(ok, row, 0.0)  # selected: the weight of an unused choice may be NaN
     tl.store(y_ptr + token * H + column, acc.to(y_ptr.dtype.element_ty), mask=column < H)
 
 

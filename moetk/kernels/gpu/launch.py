@@ -92,7 +92,9 @@ def dense(tensor: Tensor) -> Tensor:
 def _kind(arg: Any) -> Any:
     """What Triton specialises code on, for one argument."""
     look = _KINDS.get(type(arg))
-    return type(arg) if look is None else look(arg)
+    if look is not None:
+        return look(arg)
+    return _of_tensor(arg) if isinstance(arg, Tensor) else type(arg)
 
 
 def _of_tensor(arg: Tensor) -> tuple[torch.dtype, bool]:

@@ -128,5 +128,6 @@ def _bias_dots(dy_TH: Tensor, bias_EH: Tensor, plan: SortPlan) -> Tensor:
     dots_TE = dy_TH.float() @ bias_EH.float().t()
     experts_N = row_experts(plan.offsets_E, len(plan.source_N))
     ours_N = experts_N < len(bias_EH)
-    dots_N = dots_TE[plan.source_N, experts_N.clamp(max=len(bias_EH) - 1)] * ours_N
+    dots_N = dots_TE[plan.source_N, experts_N.clamp(max=len(bias_EH) - 1)]
+    dots_N = dots_N.masked_fill(~ours_N, 0)
     return dots_N.index_select(0, plan.slot_TK.flatten()).view(plan.slot_TK.shape)

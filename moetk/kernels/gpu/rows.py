@@ -71,6 +71,8 @@ def _rows(
                 w = w_desc.load([expert * B + pn * BN, k]).T
             else:
                 w = w_desc.load([expert * A + k, pn * BN])
+                if A % BK != 0:  # what lies behind is the next expert's, and may be NaN
+                    w = tl.where((k + k_range < A)[:, None], w, 0.0)
             acc = tl.dot(a, w, acc)
         columns = pn * BN + tl.arange(0, BN)
         if BIAS:

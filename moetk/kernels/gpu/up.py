@@ -76,6 +76,8 @@ def _up(
             w = w_desc.load([expert * J + pn * WN, k]).T
         else:
             w = w_desc.load([expert * H + k, pn * WN])
+        if not NT and H % BK != 0:  # what lies behind is the next expert's, and may be NaN
+            w = tl.where((k + k_range < H)[:, None], w, 0.0)
         acc = tl.dot(x, w, acc)
 
     dtype = h_ptr.dtype.element_ty

@@ -167,6 +167,24 @@ def a_row_of_nan() -> None:
     assert found[1][0][4].isnan().all() and (found[1][0][0] == 0).all()
 
 
+def what_lies_beside() -> None:
+    """An expert's NaN stays its own where the reduction ends within a tile, and the weight of a
+    choice that nobody computes may be NaN."""
+    torch.manual_seed(0)
+    for transposed in (False, True):
+        spec = BankSpec(2, 20, 12, transposed=transposed)
+        weights, x_TH = make_weights(spec, False, torch.float32), normal(6, 20).requires_grad_()
+        for matrix in (weights.up, weights.down):
+            matrix.data[1] = float("nan")
+        weights_TK = torch.tensor([[0.7, float("nan")]] * 6)
+        routing = TokenChoice(torch.tensor([[0, -1]] * 6), weights_TK, 2)
+        with on_kernels():
+            y_TH = fused(spec, weights, x_TH, routing)
+            (dx_TH,) = torch.autograd.grad(y_TH.sum(), x_TH)
+        near(y_TH.detach(), reference(spec, weights, x_TH, routing).detach())
+        assert dx_TH.isfinite().all()
+
+
 def views() -> None:
     """Tensors with other strides are what they show; the gradient of a sum has stride 0."""
     torch.manual_seed(0)
@@ -354,6 +372,7 @@ CASES: dict[str, Callable[[], None]] = {
     "layer: few tokens": few_tokens,
     "layer: nothing kept": nothing_kept,
     "layer: a row of NaN": a_row_of_nan,
+    "layer: what lies beside": what_lies_beside,
     "layer: views": views,
     "layer: one gradient alone": one_gradient_alone,
     "layer: added gradients": partial(added_gradients, False),

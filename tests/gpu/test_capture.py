@@ -149,6 +149,7 @@ def test_a_compiled_layer_is_one_graph(name, backend):
     layer, x_TH, dy_TH = made(name)
     want = stepped(layer, x_TH, dy_TH)
     leaves = {"x": x_TH.requires_grad_(), **dict(layer.named_parameters())}
+    torch.compiler.reset()
     compiled = torch.compile(layer, fullgraph=True, backend=backend)
     found = grown(leaves, {"y": compiled(x_TH)}, [dy_TH])
     if backend == "aot_eager":

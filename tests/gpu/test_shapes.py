@@ -6,6 +6,7 @@ Letters: T tokens, H hidden, I expert width, E experts, K choices.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -32,6 +33,13 @@ SHAPES = {
     else replace(shape, hidden_size=32, intermediate_size=16, num_experts=8, top_k=2)
     for name, shape in LAYERS.items()
 }
+
+
+@pytest.fixture(autouse=True)
+def memory_for_the_next(device: torch.device) -> Iterator[None]:
+    yield
+    if KERNELS:
+        torch.cuda.empty_cache()
 
 
 def in_parts(call: Call, dtype: torch.dtype | None) -> dict[str, Tensor]:

@@ -124,10 +124,7 @@ class Targets:
         self.labelled = (~self.ignored_T).sum()
         self.fetched: Tensor | None = None
         if device.type == "cuda" and not _captured():
-            self.fetched = torch.empty((), dtype=torch.int64, pin_memory=True)
-            self.fetched.copy_(self.labelled, non_blocking=True)
-            self.arrival = torch.cuda.Event()
-            self.arrival.record()
+            self.fetched, self.arrival = _fetched(self.labelled)
 
     def rows_N(self) -> Tensor | None:
         """The rows that have a label, in order; None = look at all."""
@@ -162,6 +159,16 @@ class Targets:
             rows_N=self.rows_N(),
             ignore_index=self.ignore_index,
         )
+
+
+def _fetched(number: Tensor) -> tuple[Tensor, torch.cuda.Event]:
+    """Where the number will lie on the host, and the event behind which it does."""
+    there = torch.empty((), dtype=torch.int64, pin_memory=True)
+    there.copy_(number, non_blocking=True)
+    arrival = torch.cuda.Event()
+    # The copy is queued on the number's device, which need not be the current one.
+    arrival.record(torch.cuda.current_stream(number.device))
+    return there, arrival
 
 
 def _captured() -> bool:

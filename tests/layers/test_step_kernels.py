@@ -115,7 +115,7 @@ def test_a_nan_token_spoils_no_other() -> None:
 KERNELS = """
 import torch
 from moetk.kernels.cross_entropy import plain_cross_entropy_
-from moetk.kernels.gpu import norm, rope
+from moetk.kernels.gpu import cross_entropy, launch, norm, rope
 from moetk.kernels.gpu.cross_entropy import cross_entropy_
 from moetk.kernels.gpu.norm import rms_norm_fused
 from moetk.kernels.norm import rms_norm_plain
@@ -123,6 +123,28 @@ from moetk.kernels.rope import Norm, rotated_plain
 
 torch.manual_seed(0)
 norm.PROGRAMS = rope.PROGRAMS = 3  # fewer than rows: each sums several
+guarded, launched = [], []
+
+
+class Guard(torch.cuda.device_of):
+    def __enter__(self):
+        guarded.append(self)
+        return super().__enter__()
+
+    def __exit__(self, *raised):
+        guarded.pop()
+        return super().__exit__(*raised)
+
+
+def inside(kernel, *args, **settings):
+    assert guarded, f"{kernel} is launched on whichever device is current"
+    launched.append(kernel)
+    launch.launch(kernel, *args, **settings)
+
+
+torch.cuda.device_of = Guard
+for module in (norm, rope, cross_entropy):
+    module.launch = inside
 
 
 def close(ours, theirs, name):
@@ -175,6 +197,11 @@ for C, V in ((5, 7), (3, 9000)):
     logits[0, 1] = float("nan")
     losses = cross_entropy_(logits, labels, items, -100, True)
     assert losses[0].isnan() and logits[0].isnan().all() and logits[1:].isfinite().all()
+assert {str(kernel) for kernel in launched} == {
+    str(kernel)
+    for kernel in (norm._forward, norm._backward, rope._forward, rope._backward)
+    + (cross_entropy._cross_entropy,)
+}
 print("every kernel equals its twin")
 """
 

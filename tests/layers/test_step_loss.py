@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from moetk.errors import ExpertIndexError, MoeShapeError
 from moetk.kernels.cross_entropy import linear_cross_entropy, plain_cross_entropy_
 from moetk.layers.step import speed_up
+from moetk.layers.step.loss import _fetched
 from tests.layers.stock import assert_bitwise, assert_equal, gradients, stock
 from tests.layers.test_step import exact, fast, labels, trained
 from tests.tiny import VOCAB, ids
@@ -197,6 +198,22 @@ def test_errors_name_tensor_value_and_fix() -> None:
             ExpertIndexError, match=rf"labels_T\[4\] is {wrong}, .* need 0 <= label"
         ):
             linear_cross_entropy(hidden, weight, targets, 1)
+
+
+def test_the_number_of_labels_is_awaited_on_its_own_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An event records on the current device's stream unless it is told another."""
+    recorded: list[Any] = []
+
+    class Event:
+        def record(self, stream: Any = None) -> None:
+            recorded.append(stream)
+
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *shape, pin_memory, **kw: empty(*shape, **kw))
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: ("stream of", device))
+    number, _ = _fetched(torch.tensor(5))
+    assert number == 5 and recorded == [("stream of", torch.device("cpu"))]
 
 
 def asked(name: str) -> dict[str, Any]:

@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moetk.kernels.gpu.launch import launch, power_of_two
+
 
 @triton.jit
 def _cross_entropy(
@@ -67,16 +69,13 @@ def cross_entropy_(
     """
     C, V = logits_CV.shape
     losses_C = torch.empty(C, dtype=torch.float32, device=logits_CV.device)
-    block = min(8192, triton.next_power_of_2(V))
-    _cross_entropy[(C,)](
-        logits_CV,
-        labels_C,
-        items,
-        losses_C,
-        V,
-        ignore_index,
-        GRADIENT=want_gradient,
-        BLOCK=block,
-        num_warps=max(1, min(16, block // 512)),
-    )
+    block = min(8192, power_of_two(V))
+    with torch.cuda.device_of(logits_CV):
+        launch(
+            _cross_entropy,
+            (C,),
+            (logits_CV, labels_C, items, losses_C, V, ignore_index),
+            (want_gradient, block),
+            warps=max(1, min(16, block // 512)),
+        )
     return losses_C

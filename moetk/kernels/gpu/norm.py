@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moetk.kernels.gpu.launch import launch, power_of_two
+
 PROGRAMS = 1024
 """Programs of the backward pass, each with its own partial sum of the weight's gradient: fixed, so
 that the order of summation does not depend on the machine."""
@@ -88,9 +90,15 @@ class _RMSNorm(torch.autograd.Function):
         ctx.eps, ctx.offset = eps, offset
         W = len(weight_W)
         if x_RW.numel():
-            _forward[(x_RW.numel() // W,)](
-                x_RW, weight_W, y_RW, W, eps, offset, rounds_first, **_block(W)
-            )
+            block, warps = _block(W)
+            with torch.cuda.device_of(x_RW):
+                launch(
+                    _forward,
+                    (x_RW.numel() // W,),
+                    (x_RW, weight_W, y_RW, W, eps),
+                    (offset, rounds_first, block),
+                    warps=warps,
+                )
         return y_RW
 
     @staticmethod
@@ -101,21 +109,19 @@ class _RMSNorm(torch.autograd.Function):
         R = x_RW.numel() // W
         partial_PW = x_RW.new_empty(min(R, PROGRAMS), W, dtype=torch.float32)
         if R:
-            _backward[(len(partial_PW),)](
-                x_RW,
-                weight_W,
-                dy_RW.contiguous(),
-                dx_RW,
-                partial_PW,
-                R,
-                W,
-                ctx.eps,
-                ctx.offset,
-                **_block(W),
-            )
+            block, warps = _block(W)
+            with torch.cuda.device_of(x_RW):
+                launch(
+                    _backward,
+                    (len(partial_PW),),
+                    (x_RW, weight_W, dy_RW.contiguous(), dx_RW, partial_PW, R, W, ctx.eps),
+                    (ctx.offset, block),
+                    warps=warps,
+                )
         return dx_RW, partial_PW.sum(0).to(weight_W.dtype), None, None, None
 
 
-def _block(W: int) -> dict[str, int]:
-    block = triton.next_power_of_2(W)
-    return {"BLOCK": block, "num_warps": max(1, min(16, block // 512))}
+def _block(W: int) -> tuple[int, int]:
+    """Lanes that hold a row, and warps to share them."""
+    block = power_of_two(W)
+    return block, max(1, min(16, block // 512))

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moetk.kernels.gpu.launch import launch, power_of_two
 from moetk.kernels.rope import Norm
 
 PROGRAMS = 1024
@@ -294,10 +295,11 @@ class _Rotated(torch.autograd.Function):
         ctx.save_for_backward(q, k, cos, sin, q_weight, k_weight)
         ctx.eps = q_eps, k_eps
         if B * S:
-            _forward[(B * S,)](
-                q, k, cos, sin, q_weight, k_weight, q_out, k_out, S, _batch_stride(cos),
-                q_eps, k_eps, **_sizes(q, k, q_weight),
-            )  # fmt: skip
+            constants, warps = _sizes(q, k, q_weight)
+            args = q, k, cos, sin, q_weight, k_weight, q_out, k_out
+            numbers = S, _batch_stride(cos), q_eps, k_eps
+            with torch.cuda.device_of(q):
+                launch(_forward, (B * S,), (*args, *numbers), constants, warps=warps)
         return q_out, k_out
 
     @staticmethod
@@ -309,11 +311,12 @@ class _Rotated(torch.autograd.Function):
         q_partial = _partial(q_weight, programs)
         k_partial = _partial(k_weight, programs)
         if programs:
-            _backward[(programs,)](
-                q, k, cos, sin, q_weight, k_weight, dq_out.contiguous(), dk_out.contiguous(),
-                dq, dk, q_partial, k_partial, B * S, S, _batch_stride(cos),
-                *ctx.eps, **_sizes(q, k, q_weight),
-            )  # fmt: skip
+            constants, warps = _sizes(q, k, q_weight)
+            given = q, k, cos, sin, q_weight, k_weight, dq_out.contiguous(), dk_out.contiguous()
+            made = dq, dk, q_partial, k_partial
+            numbers = B * S, S, _batch_stride(cos), *ctx.eps
+            with torch.cuda.device_of(q):
+                launch(_backward, (programs,), (*given, *made, *numbers), constants, warps=warps)
         dq_weight = None if q_partial is None else q_partial.sum(0).to(q_weight.dtype)
         dk_weight = None if k_partial is None else k_partial.sum(0).to(k_weight.dtype)
         return dq, dk, None, None, dq_weight, dk_weight, None, None
@@ -329,19 +332,12 @@ def _batch_stride(table_BSD: Tensor) -> int:
     return table_BSD.stride(0) if table_BSD.shape[0] > 1 else 0
 
 
-def _sizes(q_BSND: Tensor, k_BSND: Tensor, q_weight_W: Tensor | None) -> dict[str, Any]:
+def _sizes(
+    q_BSND: Tensor, k_BSND: Tensor, q_weight_W: Tensor | None
+) -> tuple[tuple[Any, ...], int]:
+    """The constants of both kernels, NORM to DP, and how many warps run them."""
     NQ, D = q_BSND.shape[2:]
     NK = k_BSND.shape[2]
     norm = "none" if q_weight_W is None else "head" if len(q_weight_W) == D else "row"
-    NQP, NKP = triton.next_power_of_2(NQ), triton.next_power_of_2(NK)
-    DP = triton.next_power_of_2(D // 2)
-    return {
-        "NORM": norm,
-        "NQ": NQ,
-        "NK": NK,
-        "HD": D // 2,
-        "NQP": NQP,
-        "NKP": NKP,
-        "DP": DP,
-        "num_warps": 4 if NQP * DP <= 2048 else 8,
-    }
+    NQP, NKP, DP = power_of_two(NQ), power_of_two(NK), power_of_two(D // 2)
+    return (norm, NQ, NK, D // 2, NQP, NKP, DP), 4 if NQP * DP <= 2048 else 8

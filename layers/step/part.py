@@ -27,4 +27,10 @@ class Part:
 
 def is_watched(module: nn.Module) -> bool:
     """Someone's hook or forward on the instance expects this module to be called."""
-    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
+    hooks = (
+        module._forward_hooks,
+        module._forward_pre_hooks,
+        module._backward_hooks,
+        module._backward_pre_hooks,
+    )
+    return any(hooks) or "forward" in vars(module)

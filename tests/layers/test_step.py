@@ -320,6 +320,20 @@ def test_a_hooked_norm_is_called() -> None:
     assert not torch.equal(plain["loss"], trained(ours)["loss"])
 
 
+@pytest.mark.parametrize("kind", ["register_full_backward_hook", "register_full_backward_pre_hook"])
+def test_backward_hooks_run_as_in_stock(kind: str) -> None:
+    def hooked(model: Any) -> list[str]:
+        seen: list[str] = []
+        norm = model.model.layers[0].self_attn.q_norm
+        for name, module in (("head", model.lm_head), ("q_norm", norm), ("norm", model.model.norm)):
+            getattr(module, kind)(lambda *_, name=name: seen.append(name))
+        trained(model)
+        return seen
+
+    model = stock("qwen3_moe", torch.float32).train()
+    assert hooked(fast(model)) == hooked(model) == ["head", "norm", "q_norm"]
+
+
 def test_below_another_class_the_shell_lets_stock_through() -> None:
     model = exact("qwen3_moe")
     del model._loss_function

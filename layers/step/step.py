@@ -104,7 +104,7 @@ class Step:
 def speed_up(model: nn.Module, *, norm: bool = True, rope: bool = True, loss: bool = True) -> Step:
     """Make the rest of this model's training step faster, in place: all but its expert layers.
 
-    norm: RMSNorms run in one kernel each way (Liger-Kernel's, where it is installed, on a GPU).
+    norm: RMSNorms run in one kernel each way.
     rope: queries and keys are normed and rotated in one kernel each way.
     loss: in training with labels, loss and gradients are computed by chunks of rows; `out.logits`
         is None there. loss=False keeps them.

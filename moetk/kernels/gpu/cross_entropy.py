@@ -43,7 +43,9 @@ def _cross_entropy(
             c = first + lanes
             x = tl.load(logits_ptr + c, mask=c < V, other=-float("inf")).to(tl.float32)
             higher = tl.maximum(highest, tl.max(x, 0))
-            total = total * tl.exp(highest - higher) + tl.sum(tl.exp(x - higher), 0)
+            # While all logits so far are -inf, -inf less itself would be NaN.
+            base = tl.where(higher == -float("inf"), 0.0, higher)
+            total = total * tl.exp(highest - base) + tl.sum(tl.exp(x - base), 0)
             highest = higher
         log_total = highest + tl.log(total)
         tl.store(losses_ptr + row, log_total - tl.load(logits_ptr + label).to(tl.float32))

@@ -42,8 +42,8 @@ def linear_cross_entropy(
     a number or a scalar tensor on the same device. rows_N: int64, distinct: the only rows to look
     at, so that ignored ones cost nothing. accumulate: what the weight's gradient is summed in over
     chunks; the sum is rounded once to the weight's dtype.
-    Raises MoeShapeError on shapes that do not fit, ExpertIndexError on the CPU (a device-side
-    assertion elsewhere) on a label outside 0 .. V-1.
+    Raises MoeShapeError on shapes that do not fit, ExpertIndexError on a label outside 0 .. V-1;
+    on a GPU and under torch.compile that is an assertion in the graph.
     """
     _check(hidden_TH, weight_VH, labels_T, ignore_index)
     if not torch.is_grad_enabled():
@@ -63,18 +63,21 @@ def plain_cross_entropy_(
     """Losses (C,), in fp32 or wider; the logits become the gradient of their sum over `items`.
 
     The twin of `moetk.kernels.gpu.cross_entropy.cross_entropy_`. A row without a label has loss
-    zero and gradient zero whatever its logits hold.
+    zero and gradient zero whatever its logits hold; one whose label is no column is NaN.
     """
+    last = logits_CV.shape[1] - 1
     labelled_C1 = (labels_C != ignore_index)[:, None]
-    picked_C1 = labels_C.clamp_min(0)[:, None]
+    picked_C1 = labels_C.clamp(0, last)[:, None]
+    spoiled_C1 = picked_C1 != labels_C[:, None]
     log_p_CV = logits_CV.to(_wide(logits_CV.dtype)).log_softmax(-1)
-    losses_C = -log_p_CV.gather(1, picked_C1).where(labelled_C1, 0).squeeze(1)
+    losses_C1 = -log_p_CV.gather(1, picked_C1).masked_fill(spoiled_C1, torch.nan)
     if want_gradient:
         gradient_CV = log_p_CV.exp_()
         minus_one = gradient_CV.new_full((), -1).expand(picked_C1.shape)
         gradient_CV.scatter_add_(1, picked_C1, minus_one).div_(items)
+        gradient_CV.masked_fill_(spoiled_C1, torch.nan)
         logits_CV.copy_(gradient_CV.where(labelled_C1, 0))
-    return losses_C
+    return losses_C1.where(labelled_C1, 0).squeeze(1)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -190,12 +193,10 @@ def _check(hidden_TH: Tensor, weight_VH: Tensor, labels_T: Tensor, ignore_index:
             f"linear_cross_entropy: labels_T {tuple(labels_T.shape)} needs one label for each of "
             f"the {len(hidden_TH)} rows of hidden_TH; mark a row without one as {ignore_index}."
         )
-    if torch.compiler.is_compiling():
-        return
     vocabulary = len(weight_VH)
     fits_T = (labels_T == ignore_index) | ((labels_T >= 0) & (labels_T < vocabulary))
-    if labels_T.is_cuda:
-        torch._assert_async(fits_T.all())
+    if labels_T.is_cuda or torch.compiler.is_compiling():
+        torch._assert_async(fits_T.all(), "linear_cross_entropy: a label is outside 0 .. V-1")
     elif not bool(fits_T.all()):
         first = int((~fits_T).nonzero()[0])
         raise ExpertIndexError(

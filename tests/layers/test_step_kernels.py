@@ -196,7 +196,14 @@ for C, V in ((5, 7), (3, 9000)):
         assert losses.isfinite().all() and ours.isfinite().all()
         assert not ours[1].any()
         close((cross_entropy_(kept, labels, items, -100, False), kept), (losses, logits), V)
-    logits[0, 1] = float("nan")
+    for wrong in (-1, V, 1 << 40):
+        ours, theirs = logits.clone(), logits.clone()
+        labels[0] = wrong
+        losses = cross_entropy_(ours, labels, items, -100, True)
+        want = plain_cross_entropy_(theirs, labels, items, -100, True)
+        assert losses[0].isnan() and ours[0].isnan().all() and losses[1:].isfinite().all()
+        torch.testing.assert_close((losses, ours), (want, theirs), equal_nan=True)
+    labels[0], logits[0, 1] = 0, float("nan")
     losses = cross_entropy_(logits, labels, items, -100, True)
     assert losses[0].isnan() and logits[0].isnan().all() and logits[1:].isfinite().all()
 assert {str(kernel) for kernel in launched} == {

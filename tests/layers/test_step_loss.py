@@ -200,6 +200,19 @@ def test_errors_name_tensor_value_and_fix() -> None:
             linear_cross_entropy(hidden, weight, targets, 1)
 
 
+@pytest.mark.parametrize("wrong", [5, -1])
+def test_a_label_outside_the_vocabulary_is_refused_when_compiled(wrong: int) -> None:
+    hidden, weight, _, targets = case(0, 6, 5, 3, torch.float64)
+    torch._dynamo.reset()
+    compiled = torch.compile(linear_cross_entropy, backend="aot_eager", fullgraph=True)
+    want = linear_cross_entropy(hidden, weight, targets, 4)
+    assert torch.equal(compiled(hidden, weight, targets, 4), want)
+    targets[4] = wrong
+    with pytest.raises(RuntimeError, match=r"a label is outside 0 \.\. V-1"):
+        compiled(hidden, weight, targets, 4)
+    torch._dynamo.reset()
+
+
 def test_the_number_of_labels_is_awaited_on_its_own_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """An event records on the current device's stream unless it is told another."""
     recorded: list[Any] = []

@@ -48,11 +48,13 @@ def _cross_entropy(
             total = total * tl.exp(highest - base) + tl.sum(tl.exp(x - base), 0)
             highest = higher
         log_total = highest + tl.log(total)
-        tl.store(losses_ptr + row, log_total - tl.load(logits_ptr + label).to(tl.float32))
+        inside = (label >= 0) & (label < V)
+        picked = tl.load(logits_ptr + label, mask=inside, other=float("nan")).to(tl.float32)
+        tl.store(losses_ptr + row, log_total - picked)
         if GRADIENT:
             # The label's own logit was read above; from here on the row is overwritten.
             tl.debug_barrier()
-            share = 1.0 / tl.load(items_ptr).to(tl.float32)
+            share = tl.where(inside, 1.0 / tl.load(items_ptr).to(tl.float32), float("nan"))
             for first in range(0, V, BLOCK):
                 c = first + lanes
                 x = tl.load(logits_ptr + c, mask=c < V, other=-float("inf")).to(tl.float32)
@@ -67,7 +69,8 @@ def cross_entropy_(
     """fp32 losses (C,); the contiguous logits become the gradient of their sum over `items`.
 
     The softmax is taken in fp32, online (arXiv 1805.02867); each row is read twice and written
-    once. Nothing is summed across rows, so the result does not depend on scheduling.
+    once. Nothing is summed across rows, so the result does not depend on scheduling. A label
+    outside the vocabulary is not looked up: its row is NaN.
     """
     C, V = logits_CV.shape
     losses_C = torch.empty(C, dtype=torch.float32, device=logits_CV.device)

@@ -224,6 +224,18 @@ def test_where_the_kernel_does_not_run_the_step_is_torchs_to_the_bit(
     torch.testing.assert_close(state_of(ours), state_of(theirs), rtol=0, atol=0)
 
 
+def test_a_group_whose_decay_is_coupled_is_torchs(on_cpu: None) -> None:
+    ours, theirs = AdamW(parameters()), torch.optim.AdamW(parameters())
+    for optimizer in (ours, theirs):
+        optimizer.param_groups[0].update(decoupled_weight_decay=False, weight_decay=0.5)
+        run(optimizer, range(3))
+    for got, want in zip(
+        ours.param_groups[0]["params"], theirs.param_groups[0]["params"], strict=True
+    ):
+        assert torch.equal(got, want)
+    assert "of group 0: decoupled_weight_decay=False" in ours.explain()
+
+
 def test_groups_keep_their_settings_and_schedulers_move_them(on_cpu: None) -> None:
     def build(kind: type[torch.optim.AdamW]) -> torch.optim.AdamW:
         a, b, c, d = parameters()

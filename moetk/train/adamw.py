@@ -53,7 +53,8 @@ class AdamW(torch.optim.AdamW):
     stepped by moetk's kernel: every element is read and written once, arithmetic is fp32, results
     are rounded when stored, the host waits for nothing. torch's own step runs for
 
-    - groups with amsgrad, capturable or differentiable, or with lr or betas as GPU tensors;
+    - groups with amsgrad, capturable or differentiable, with lr or betas as GPU tensors, or with
+      decoupled_weight_decay=False (Adam);
     - parameters elsewhere, of another dtype, not contiguous, or of a tensor subclass (DTensor);
     - all parameters while torch.compile traces the step, and while a GradScaler leaves it to a
       fused optimizer whether a step is taken.
@@ -104,6 +105,8 @@ class AdamW(torch.optim.AdamW):
         for option in ("amsgrad", "capturable", "differentiable"):
             if group[option]:
                 return f"{option}=True"
+        if not group["decoupled_weight_decay"]:
+            return "decoupled_weight_decay=False"
         for name, number in zip(
             ("lr", "beta1", "beta2"), (group["lr"], *group["betas"]), strict=True
         ):

@@ -152,13 +152,18 @@ def close(ours, theirs, name):
         torch.testing.assert_close(a, b, rtol=2e-5, atol=5e-6, msg=lambda text: f"{name}: {text}")
 
 
+def strided(x):
+    # The same values, with others between them.
+    return torch.stack((x, torch.full_like(x, 7)), -1).flatten(-2)[..., ::2]
+
+
 def check_rotation(B, S, NQ, NK, D, kind, tables):
     q, k = torch.randn(B, S, NQ, D), torch.randn(B, S, NK, D)
     cos, sin = torch.randn(tables, S, D), torch.randn(tables, S, D)
     leaves, norms = [q, k], (None, None)
     if kind != "none":
         widths = (D, D) if kind == "head" else (NQ * D, NK * D)
-        norms = tuple(Norm(torch.randn(W), eps) for W, eps in zip(widths, (1e-6, 1e-2)))
+        norms = tuple(Norm(strided(torch.randn(W)), eps) for W, eps in zip(widths, (1e-6, 1e-2)))
         leaves += [norm.weight_W for norm in norms]
     for leaf in leaves:
         leaf.requires_grad_()
@@ -178,7 +183,8 @@ for shape in ((2, 3, 4, 2, 8), (1, 5, 3, 1, 6), (0, 3, 4, 2, 8)):
 
 for R, W in ((4, 8), (5, 6), (1, 9), (0, 8)):
     for offset, rounds_first in ((0.0, True), (1.0, False)):
-        x, weight = torch.randn(R, W, requires_grad=True), torch.randn(W, requires_grad=True)
+        x, weight = strided(torch.randn(R, W)), strided(torch.randn(W))
+        x.requires_grad_(), weight.requires_grad_()
         settings = (x, weight, 1e-3, offset, rounds_first)
         ours, theirs, into = rms_norm_fused(*settings), rms_norm_plain(*settings), torch.randn(R, W)
         mine = torch.autograd.grad(ours, (x, weight), into)
@@ -186,7 +192,7 @@ for R, W in ((4, 8), (5, 6), (1, 9), (0, 8)):
         close((ours, *mine), (theirs, *want), (R, W))
 
 for C, V in ((5, 7), (3, 9000)):
-    logits, labels = 3 * torch.randn(C, V), torch.randint(0, V, (C,))
+    logits, labels = 3 * torch.randn(C, V), strided(torch.randint(0, V, (C,)))
     labels[0], labels[1], labels[2], logits[2, V // 2] = V - 1, -100, 0, float("-inf")
     logits[0, : V - 3] = float("-inf")  # at V = 9000 the whole first block and more
     for items in (torch.tensor(7), torch.tensor(2.5)):

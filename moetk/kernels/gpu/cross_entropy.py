@@ -79,7 +79,7 @@ def cross_entropy_(
         launch(
             _cross_entropy,
             (C,),
-            (logits_CV, labels_C, items, losses_C, V, ignore_index),
+            (logits_CV, labels_C.contiguous(), items, losses_C, V, ignore_index),
             (want_gradient, block),
             warps=max(1, min(16, block // 512)),
         )

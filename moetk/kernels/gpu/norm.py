@@ -84,7 +84,7 @@ class _RMSNorm(torch.autograd.Function):
     def forward(
         ctx: Any, x_RW: Tensor, weight_W: Tensor, eps: float, offset: float, rounds_first: bool
     ) -> Tensor:
-        x_RW = x_RW.contiguous()
+        x_RW, weight_W = x_RW.contiguous(), weight_W.contiguous()
         y_RW = torch.empty_like(x_RW)
         ctx.save_for_backward(x_RW, weight_W)
         ctx.eps, ctx.offset = eps, offset

@@ -268,12 +268,16 @@ def rotated_fused(
 ) -> tuple[Tensor, Tensor]:
     """`moetk.kernels.rope.rotated` on a GPU. Saves q and k as they came; the weights' gradients
     are summed in a fixed order."""
-    q_weight, q_eps = q_norm if q_norm is not None else (None, 0.0)
-    k_weight, k_eps = k_norm if k_norm is not None else (None, 0.0)
+    q_weight, q_eps = _opened(q_norm)
+    k_weight, k_eps = _opened(k_norm)
     made: tuple[Tensor, Tensor] = _Rotated.apply(
         q_BSND, k_BSND, cos_BSD, sin_BSD, q_weight, k_weight, q_eps, k_eps
     )
     return made
+
+
+def _opened(norm: Norm | None) -> tuple[Tensor | None, float]:
+    return (None, 0.0) if norm is None else (norm.weight_W.contiguous(), norm.eps)
 
 
 class _Rotated(torch.autograd.Function):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from moetk.errors import ExpertIndexError, MoeShapeError
+from moetk.errors import ExpertIndexError, MoeDtypeError, MoeShapeError
 
 CHUNK = 4096
 """Rows of one chunk: products large enough to run at full speed, 1.2 GiB of bf16 logits at
@@ -42,8 +42,8 @@ def linear_cross_entropy(
     a number or a scalar tensor on the same device. rows_N: int64, distinct: the only rows to look
     at, so that ignored ones cost nothing. accumulate: what the weight's gradient is summed in over
     chunks; the sum is rounded once to the weight's dtype.
-    Raises MoeShapeError on shapes that do not fit, ExpertIndexError on a label outside 0 .. V-1;
-    on a GPU and under torch.compile that is an assertion in the graph.
+    Raises MoeDtypeError on fp16, MoeShapeError on shapes that do not fit, ExpertIndexError on a
+    label outside 0 .. V-1 (a RuntimeError under torch.compile, a device-side assertion on a GPU).
     """
     _check(hidden_TH, weight_VH, labels_T, ignore_index)
     if not torch.is_grad_enabled():
@@ -188,6 +188,13 @@ def _check(hidden_TH: Tensor, weight_VH: Tensor, labels_T: Tensor, ignore_index:
             f"linear_cross_entropy: hidden_TH {tuple(hidden_TH.shape)} and weight_VH "
             f"{tuple(weight_VH.shape)} need two dimensions each and one width H: flatten the batch."
         )
+    for name, tensor in (("hidden_TH", hidden_TH), ("weight_VH", weight_VH)):
+        if tensor.dtype == torch.float16:
+            raise MoeDtypeError(
+                f"linear_cross_entropy: {name} is {tensor.dtype}. The gradients are rounded in "
+                "forward, before a loss scale is known, and fp16 would lose the small ones: use "
+                "bfloat16 or float32, or torch's cross_entropy of the logits."
+            )
     if labels_T.shape != hidden_TH.shape[:1]:
         raise MoeShapeError(
             f"linear_cross_entropy: labels_T {tuple(labels_T.shape)} needs one label for each of "

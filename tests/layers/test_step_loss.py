@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from moetk.errors import ExpertIndexError, MoeShapeError
+from moetk.errors import ExpertIndexError, MoeDtypeError, MoeShapeError
 from moetk.kernels.cross_entropy import linear_cross_entropy, plain_cross_entropy_
 from moetk.layers.step import speed_up
 from moetk.layers.step.loss import _fetched
@@ -192,6 +192,10 @@ def test_errors_name_tensor_value_and_fix() -> None:
         linear_cross_entropy(hidden.view(2, 3, 3), weight, targets, 1)
     with pytest.raises(MoeShapeError, match=r"labels_T \(4,\) needs one label for each of the 6"):
         linear_cross_entropy(hidden, weight, targets[:4], 1)
+    for half in ((hidden.half(), weight), (hidden, weight.half())):
+        name = "hidden_TH" if half[1] is weight else "weight_VH"
+        with pytest.raises(MoeDtypeError, match=rf"{name} is torch.float16\..* use bfloat16 or"):
+            linear_cross_entropy(*half, targets, 1)
     for wrong in (5, -1):
         targets[4] = wrong
         with pytest.raises(

@@ -80,6 +80,10 @@ class AuxScaleError(MoetkError, RuntimeError):
     """An attached loss does not know how large the model's own loss gradient is."""
 
 
+class SecondOrderError(MoetkError, RuntimeError):
+    """The gradient of a gradient was asked for where only the first is computed."""
+
+
 class TopologyError(MoetkError, ValueError):
     """Ranks disagree, or a reduction over ranks is needed and was not given."""
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from moetk.errors import ExpertIndexError, MoeDtypeError, MoeShapeError
+from moetk.kernels.first_order import refuse_second_order
 
 CHUNK = 4096
 """Rows of one chunk: products large enough to run at full speed, 1.2 GiB of bf16 logits at
@@ -43,7 +44,8 @@ def linear_cross_entropy(
     at, so that ignored ones cost nothing. accumulate: what the weight's gradient is summed in over
     chunks; the sum is rounded once to the weight's dtype.
     Raises MoeDtypeError on fp16, MoeShapeError on shapes that do not fit, ExpertIndexError on a
-    label outside 0 .. V-1 (a RuntimeError under torch.compile, a device-side assertion on a GPU).
+    label outside 0 .. V-1 (a RuntimeError under torch.compile, a device-side assertion on a GPU);
+    in backward SecondOrderError under create_graph=True.
     """
     _check(hidden_TH, weight_VH, labels_T, ignore_index)
     if not torch.is_grad_enabled():
@@ -110,6 +112,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_second_order(
+            "linear_cross_entropy", "torch's cross_entropy of the logits, speed_up(..., loss=False)"
+        )
         # Not in place: a retained graph may come here again.
         scaled = (None if saved is None else saved * grad for saved in ctx.saved_tensors)
         return *scaled, None, None, None, None, None, None

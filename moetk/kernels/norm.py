@@ -17,7 +17,7 @@ def rms_norm(
     rounds_first: the normed row is rounded to x's dtype before the weight is multiplied (Llama and
     its heirs); otherwise the product is taken in fp32 and rounded once (Gemma, gpt-oss).
     x_RW may have any number of leading dimensions. weight_W: dtype as x. On a GPU one Triton kernel
-    reads and writes each row once.
+    reads and writes each row once, and backward raises SecondOrderError under create_graph=True.
     """
     if not x_RW.is_cuda:
         return rms_norm_plain(x_RW, weight_W, eps, offset, rounds_first)

@@ -30,7 +30,8 @@ def rotated(
     """Normed and rotated queries and keys, as shaped and typed as they came; N may differ.
 
     cos_BSD, sin_BSD: transformers' tables, B = 1 where all sequences share positions; no gradient
-    flows to them. On a GPU one Triton kernel reads and writes each tensor once.
+    flows to them. On a GPU one Triton kernel reads and writes each tensor once and computes in
+    fp32 whatever the dtype; its backward raises SecondOrderError under create_graph=True.
     """
     if not q_BSND.is_cuda:
         return (

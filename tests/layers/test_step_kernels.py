@@ -114,6 +114,7 @@ def test_a_nan_token_spoils_no_other() -> None:
 
 KERNELS = """
 import torch
+from moetk.errors import SecondOrderError
 from moetk.kernels.cross_entropy import plain_cross_entropy_
 from moetk.kernels.gpu import cross_entropy, launch, norm, rope
 from moetk.kernels.gpu.cross_entropy import cross_entropy_
@@ -152,6 +153,16 @@ def close(ours, theirs, name):
         torch.testing.assert_close(a, b, rtol=2e-5, atol=5e-6, msg=lambda text: f"{name}: {text}")
 
 
+def refuses_a_second_derivative(y, x, name):
+    # The incoming gradient has no graph of its own.
+    try:
+        torch.autograd.grad(y.sum(), x, create_graph=True)
+    except SecondOrderError as error:
+        assert str(error).startswith(f"{name}: create_graph=True asks"), error
+    else:
+        raise AssertionError(f"{name} took its gradient for a constant")
+
+
 def strided(x):
     # The same values, with others between them.
     return torch.stack((x, torch.full_like(x, 7)), -1).flatten(-2)[..., ::2]
@@ -171,6 +182,7 @@ def check_rotation(B, S, NQ, NK, D, kind, tables):
     theirs = tuple(rotated_plain(x, cos, sin, norm) for x, norm in zip((q, k), norms))
     # As attention hands gradients back: not contiguous.
     into = [torch.randn_like(y.transpose(1, 2)).transpose(1, 2) for y in ours]
+    refuses_a_second_derivative(rope.rotated_fused(q, k, cos, sin, *norms)[0], q, "rotated")
     mine = torch.autograd.grad(ours, leaves, into)
     want = torch.autograd.grad(theirs, leaves, into)
     close((*ours, *mine), (*theirs, *want), (B, S, NQ, NK, D, kind, tables))
@@ -187,6 +199,7 @@ for R, W in ((4, 8), (5, 6), (1, 9), (0, 8)):
         x.requires_grad_(), weight.requires_grad_()
         settings = (x, weight, 1e-3, offset, rounds_first)
         ours, theirs, into = rms_norm_fused(*settings), rms_norm_plain(*settings), torch.randn(R, W)
+        refuses_a_second_derivative(rms_norm_fused(*settings), x, "rms_norm")
         mine = torch.autograd.grad(ours, (x, weight), into)
         want = torch.autograd.grad(theirs, (x, weight), into)
         close((ours, *mine), (theirs, *want), (R, W))

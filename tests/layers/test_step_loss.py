@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from moetk.errors import ExpertIndexError, MoeDtypeError, MoeShapeError
+from moetk.errors import ExpertIndexError, MoeDtypeError, MoeShapeError, SecondOrderError
 from moetk.kernels.cross_entropy import linear_cross_entropy, plain_cross_entropy_
 from moetk.layers.step import speed_up
 from moetk.layers.step.loss import _fetched
@@ -134,6 +134,13 @@ def test_a_retained_graph_gives_the_same_gradient_twice() -> None:
     first = torch.autograd.grad(2 * loss, weight, retain_graph=True)[0]
     second = torch.autograd.grad(2 * loss, weight)[0]
     assert torch.equal(first, second)
+
+
+def test_a_second_derivative_is_refused() -> None:
+    hidden, weight, _, targets = case(0, 6, 5, 3, torch.float64)
+    loss = linear_cross_entropy(hidden.requires_grad_(), weight, targets, 3)
+    with pytest.raises(SecondOrderError, match=r"create_graph=True asks .* Use torch's cross_ent"):
+        torch.autograd.grad(loss, hidden, create_graph=True)
 
 
 @pytest.mark.parametrize("T", [0, 4])

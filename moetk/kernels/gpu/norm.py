@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moetk.kernels.first_order import refuse_second_order
 from moetk.kernels.gpu.launch import launch, power_of_two
 
 PROGRAMS = 1024
@@ -103,6 +104,7 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy_RW: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_second_order("rms_norm", "transformers' norm, speed_up(..., norm=False)")
         x_RW, weight_W = ctx.saved_tensors
         dx_RW = torch.empty_like(x_RW)
         W = len(weight_W)

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moetk.kernels.first_order import refuse_second_order
 from moetk.kernels.gpu.launch import launch, power_of_two
 from moetk.kernels.rope import Norm
 
@@ -308,6 +309,7 @@ class _Rotated(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dq_out: Tensor, dk_out: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_second_order("rotated", "transformers' attention, speed_up(..., rope=False)")
         q, k, cos, sin, q_weight, k_weight = ctx.saved_tensors
         dq, dk = torch.empty_like(q), torch.empty_like(k)
         B, S = q.shape[:2]

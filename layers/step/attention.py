@@ -52,7 +52,7 @@ class AttentionShell:
     ) -> tuple[Tensor, Tensor | None]:
         module: Any = self
         stock = ACTIVE not in vars(module) or position_embeddings is None
-        if stock or _why_stock(module, hidden_states.device) is not None:
+        if stock or _why_stock(module, hidden_states.device, hidden_states.dtype):
             return super().forward(  # type: ignore[misc, no-any-return]
                 hidden_states,
                 position_embeddings=position_embeddings,
@@ -103,8 +103,10 @@ def _attention_function(attention: Any) -> Callable[..., tuple[Tensor, Tensor | 
     return ALL_ATTENTION_FUNCTIONS.get_interface(name, eager)  # type: ignore[no-any-return]
 
 
-def _why_stock(attention: Any, device: torch.device) -> str | None:
+def _why_stock(attention: Any, device: torch.device, dtype: torch.dtype) -> str | None:
     """What may change between calls; `_refusal` looks at what cannot."""
+    if dtype == torch.float64:
+        return "the kernel computes in fp32, and the model is in float64"
     for name in ("q_norm", "k_norm"):
         norm = getattr(attention, name, None)
         if norm is not None and (own_class(norm).__name__ not in NORMS or is_watched(norm)):
@@ -130,7 +132,7 @@ def _refusal(module: nn.Module) -> str | None:
 
 def _runs(module: nn.Module) -> str:
     device = runs_on(module)
-    why = _why_stock(module, device)
+    why = _why_stock(module, device, next(module.parameters()).dtype)
     if why is not None:
         return f"stock: {why}"
     how = "one Triton kernel" if device.type == "cuda" else "plain torch"

@@ -19,15 +19,18 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from moetk import replace_moe
 from moetk.controllers import BiasUpdate
 from moetk.errors import ReplaceError, UnsupportedModelError
+from moetk.kernels.rope import rotated
 from moetk.layers.step import speed_up
 from moetk.layers.step.attention import WINDOWS
 from moetk.layers.step.loss import HEADS
 from moetk.layers.step.norm import NORMS
 from moetk.layers.swap import own_class
 from moetk.routers import DeepSeekV3Router
-from tests.layers.stock import assert_bitwise, assert_equal, checkpointed, gradients, stock
+from tests.layers.stock import PARITY, assert_bitwise, assert_equal, checkpointed, gradients, stock
 from tests.tiny import FAMILIES, ids
 
+SINGLE = 1e-4
+"""How far models in float32 may be apart."""
 NORMED = ("qwen3_moe", "olmoe")
 
 
@@ -45,6 +48,11 @@ def exact(family: str, **changes: Any) -> Any:
     model = stock(family, **changes).train()
     model.loss_function = exact_loss
     return model
+
+
+def single(family: str, **changes: Any) -> Any:
+    """A stock model in float32, in training mode: every part runs, which leaves float64 alone."""
+    return stock(family, torch.float32, **changes).train()
 
 
 def fast(model: Any, **parts: bool) -> Any:
@@ -80,39 +88,40 @@ def classes(model: nn.Module) -> list[type]:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_equals_stock(family: str) -> None:
-    model = exact(family)
+@pytest.mark.parametrize(("of", "bound"), [(exact, PARITY), (single, SINGLE)])
+def test_equals_stock(family: str, of: Any, bound: float) -> None:
+    model = of(family)
     ours = fast(model)
-    assert_equal(trained(ours), trained(model))
-    assert_equal(logits(ours), logits(model))
+    assert_equal(trained(ours), trained(model), bound)
+    assert_equal(logits(ours), logits(model), bound)
 
 
 @pytest.mark.parametrize("family", NORMED)
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_under_checkpointing(family: str, reentrant: bool) -> None:
-    model = exact(family)
+    model = single(family)
     ours = checkpointed(fast(model), reentrant=reentrant)
-    assert_equal(trained(ours), trained(model))
+    assert_equal(trained(ours), trained(model), bound=SINGLE)
 
 
 def test_eager_sdpa_and_a_mask_agree_with_stock() -> None:
     mask = torch.ones_like(ids())
     mask[0, -3:] = 0
     for attention in ("eager", "sdpa"):
-        model = exact("qwen3_moe", attn_implementation=attention)
+        model = single("qwen3_moe", attn_implementation=attention)
         want = trained(model, attention_mask=mask)
-        assert_equal(trained(fast(model), attention_mask=mask), want)
+        assert_equal(trained(fast(model), attention_mask=mask), want, bound=SINGLE)
 
 
 def test_sliding_window_reaches_the_attention_function() -> None:
-    model = exact("mixtral", sliding_window=3)
-    assert_equal(trained(fast(model)), trained(model))
-    whole = exact("mixtral", sliding_window=None)
+    model = single("mixtral", sliding_window=3)
+    assert_equal(trained(fast(model)), trained(model), bound=SINGLE)
+    whole = single("mixtral", sliding_window=None)
     assert not torch.equal(trained(whole)["loss"], trained(model)["loss"])
 
 
 def test_attentions_and_hidden_states_are_returned_as_in_stock() -> None:
-    model = exact("qwen3_moe").eval()
+    model = single("qwen3_moe").eval()
     ours = fast(model)
     asked = {"output_attentions": True, "output_hidden_states": True, "output_router_logits": True}
     with torch.no_grad():
@@ -124,7 +133,7 @@ def test_attentions_and_hidden_states_are_returned_as_in_stock() -> None:
 
 @pytest.mark.parametrize("family", NORMED)
 def test_generates_the_same_tokens(family: str) -> None:
-    model = exact(family).eval()
+    model = single(family).eval()
     settings = {"max_new_tokens": 6, "do_sample": False}
     want = model.generate(ids(), **settings)
     assert torch.equal(fast(model).generate(ids(), **settings), want)
@@ -143,6 +152,19 @@ def test_other_models_and_modules_are_untouched() -> None:
     assert_bitwise(trained(after), want)
     assert dict(vars(source)) == contents
     assert {n: dict(vars(own)) for n, own in contents.items() if isinstance(own, type)} == members
+
+
+def test_a_model_in_float64_keeps_its_rotation(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken = []
+
+    def watched(*args: Any) -> tuple[Tensor, Tensor]:
+        taken.append(args[0].dtype)
+        return rotated(*args)
+
+    monkeypatch.setattr("moetk.layers.step.attention.rotated", watched)
+    for of in (exact, single):
+        trained(fast(of("qwen3_moe")))
+    assert set(taken) == {torch.float32}
 
 
 def test_names_stay_as_transformers_wrote_them() -> None:
@@ -189,13 +211,13 @@ def test_a_second_call_starts_from_stock() -> None:
 
 @pytest.mark.parametrize("part", ["norm", "rope", "loss"])
 def test_each_part_alone(part: str) -> None:
-    model = exact("qwen3_moe")
+    model = single("qwen3_moe")
     ours = fast(model, **{name: name == part for name in ("norm", "rope", "loss")})
     if part == "loss":
-        assert_equal(trained(ours), trained(model))
+        assert_equal(trained(ours), trained(model), bound=SINGLE)
         return
     ours.loss_function = exact_loss
-    assert_equal(trained(ours), trained(model))
+    assert_equal(trained(ours), trained(model), bound=SINGLE)
     assert ours(input_ids=ids(), labels=ids()).logits is not None
 
 
@@ -213,17 +235,16 @@ REPLACED: list[dict[str, Any]] = [{}, {"router": router, "controllers": [BiasUpd
 def test_with_replace_moe_in_any_order(
     settings: dict[str, Any], replace_first: bool, restore_first: str
 ) -> None:
-    reference, model = exact("qwen3_moe"), exact("qwen3_moe")
+    reference, model = single("qwen3_moe"), single("qwen3_moe")
     before = classes(model)
     replace_moe(reference, **settings)
-    del model._loss_function
     if replace_first:
         replacement = replace_moe(model, **settings)
         step = speed_up(model)
     else:
         step = speed_up(model)
         replacement = replace_moe(model, **settings)
-    assert_equal(trained(model), trained(reference))
+    assert_equal(trained(model), trained(reference), bound=SINGLE)
     assert model(input_ids=ids(), labels=ids()).logits is None
     if restore_first == "step":
         step.restore()
@@ -231,7 +252,7 @@ def test_with_replace_moe_in_any_order(
         replacement.restore()
     else:
         replacement.restore()
-        assert_equal(trained(model), trained(exact("qwen3_moe")))
+        assert_equal(trained(model), trained(single("qwen3_moe")), bound=SINGLE)
         assert model(input_ids=ids(), labels=ids()).logits is None
         step.restore()
     assert classes(model) == before
@@ -253,7 +274,7 @@ def test_saves_what_stock_saves(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["deepcopy", "pickle"])
 def test_a_copy_is_sped_up_and_on_its_own(kind: str) -> None:
-    model = exact("qwen3_moe")
+    model = single("qwen3_moe")
     ours = fast(model)
     if kind == "deepcopy":
         twin = copy.deepcopy(ours)
@@ -261,7 +282,7 @@ def test_a_copy_is_sped_up_and_on_its_own(kind: str) -> None:
         stream = io.BytesIO()
         torch.save(ours, stream)
         twin = torch.load(io.BytesIO(stream.getvalue()), weights_only=False)
-    assert_equal(trained(twin), trained(model))
+    assert_equal(trained(twin), trained(model), bound=SINGLE)
     assert twin(input_ids=ids(), labels=ids()).logits is None
     twin._moetk_speed_up.restore()
     assert classes(twin) == classes(model)
@@ -278,10 +299,8 @@ def test_adapters_are_called(target: str, adapt_first: bool) -> None:
         settings = LoraConfig(r=2, target_modules=targets, init_lora_weights=False)
         return get_peft_model(model, settings, autocast_adapter_dtype=False).train()
 
-    want = trained(adapted(exact("qwen3_moe")))
-    model: Any = exact("qwen3_moe")
-    if target == "attention":
-        del model._loss_function
+    want = trained(adapted(single("qwen3_moe")))
+    model: Any = single("qwen3_moe")
     if adapt_first:
         model = adapted(model)
         speed_up(model)
@@ -289,7 +308,7 @@ def test_adapters_are_called(target: str, adapt_first: bool) -> None:
         speed_up(model)
         model = adapted(model)
     got = trained(model)
-    assert_equal(got, want)
+    assert_equal(got, want, bound=SINGLE)
     assert sum("lora_" in name for name in got) == (2 if target == "lm_head" else 16)
     kept = model(input_ids=ids(), labels=ids()).logits is not None
     assert kept == (target == "lm_head")
@@ -297,7 +316,7 @@ def test_adapters_are_called(target: str, adapt_first: bool) -> None:
 
 @pytest.mark.parametrize("hook_first", [True, False])
 def test_hooks_of_accelerate_on_every_module(hook_first: bool) -> None:
-    model = exact("mixtral")
+    model = single("mixtral")
     want = trained(model)
     if not hook_first:
         step = speed_up(model)
@@ -305,18 +324,18 @@ def test_hooks_of_accelerate_on_every_module(hook_first: bool) -> None:
         add_hook_to_module(module, ModelHook())
     if hook_first:
         step = speed_up(model)
-    assert_equal(trained(model), want)
+    assert_equal(trained(model), want, bound=SINGLE)
     step.restore()
     assert_bitwise(trained(model), want)
 
 
 def test_a_hooked_norm_is_called() -> None:
-    model = exact("qwen3_moe")
+    model = single("qwen3_moe")
     ours = fast(model)
     for each in (model, ours):
         each.model.layers[0].self_attn.q_norm.register_forward_hook(lambda m, a, out: 2 * out)
-    assert_equal(trained(ours), trained(model))
-    plain = trained(exact("qwen3_moe"))
+    assert_equal(trained(ours), trained(model), bound=SINGLE)
+    plain = trained(single("qwen3_moe"))
     assert not torch.equal(plain["loss"], trained(ours)["loss"])
 
 
@@ -335,8 +354,7 @@ def test_backward_hooks_run_as_in_stock(kind: str) -> None:
 
 
 def test_below_another_class_the_shell_lets_stock_through() -> None:
-    model = exact("qwen3_moe")
-    del model._loss_function
+    model = single("qwen3_moe")
     step = speed_up(model)
     ours: Any = type(model)
     model.__class__ = type("FSDP" + ours.__name__, (ours,), {})
@@ -379,9 +397,10 @@ def test_explain_tells_what_runs_and_why_not() -> None:
         assert words in " ".join(text.split()), text
     step = speed_up(stock("qwen3_moe").train())
     assert "what they take in fp32 of a model in float64" in " ".join(step.explain().split())
-    assert "moetk, norm and rotation: plain torch" in step.explain()
+    assert "the kernel computes in fp32, and the model is in float64" in step.explain()
     assert "moetk, chunks of 4096 rows; out.logits is None" in repr(step)
-    assert "rotation: plain torch" in speed_up(stock("mixtral")).explain()
+    assert "moetk, norm and rotation: plain torch" in speed_up(single("qwen3_moe")).explain()
+    assert "moetk, rotation: plain torch" in speed_up(single("mixtral")).explain()
     step.model.eval()
     assert "stock: logits are kept outside training" in step.explain()
     step.restore()
@@ -390,15 +409,15 @@ def test_explain_tells_what_runs_and_why_not() -> None:
 
 def test_explain_names_a_clip_and_a_hook() -> None:
     assert "clip_qkv=3.0 clips between" in speed_up(stock("olmoe", clip_qkv=3.0)).explain()
-    model = stock("qwen3_moe")
+    model = single("qwen3_moe")
     model.model.layers[1].self_attn.k_norm.register_forward_hook(lambda *_: None)
     text = " ".join(speed_up(model).explain().split())
     assert "stock: k_norm is wrapped or hooked, and must be called" in text
 
 
 def test_a_clip_is_kept() -> None:
-    model = exact("olmoe", clip_qkv=0.05)
-    assert_equal(trained(fast(model)), trained(model))
+    model = single("olmoe", clip_qkv=0.05)
+    assert_equal(trained(fast(model)), trained(model), bound=SINGLE)
 
 
 def test_a_dense_model_is_refused() -> None:

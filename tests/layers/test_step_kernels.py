@@ -116,7 +116,7 @@ KERNELS = """
 import torch
 from moetk.errors import SecondOrderError
 from moetk.kernels.cross_entropy import plain_cross_entropy_
-from moetk.kernels.gpu import cross_entropy, launch, norm, rope
+from moetk.kernels.gpu import cross_entropy, launch, norm, rope, there
 from moetk.kernels.gpu.cross_entropy import cross_entropy_
 from moetk.kernels.gpu.norm import rms_norm_fused
 from moetk.kernels.norm import rms_norm_plain
@@ -144,8 +144,7 @@ def inside(kernel, *args, **settings):
 
 
 torch.cuda.device_of = Guard
-for module in (norm, rope, cross_entropy):
-    module.launch = inside
+there.launch = inside
 
 
 def close(ours, theirs, name):
@@ -234,17 +233,65 @@ print("every kernel equals its twin")
 """
 
 
+TRACED = """
+import torch
+import torch.utils._triton
+from torch._dynamo.exc import BackendCompilerFailed
+from moetk.kernels.gpu.cross_entropy import cross_entropy_
+from moetk.kernels.gpu.norm import rms_norm_fused
+from moetk.kernels.gpu.rope import rotated_fused
+from moetk.kernels.rope import Norm
+
+torch.utils._triton.has_triton = lambda *_: True  # traced only: no kernel runs
+
+
+def count(graph, _):
+    names = [str(n.target) for m in graph.modules() if hasattr(m, "graph") for n in m.graph.nodes]
+    raise RuntimeError(f"launches: {sum('triton_kernel_wrapper' in name for name in names)}")
+
+
+def traced(function, launches, *args):
+    try:
+        torch.compile(function, backend=count, fullgraph=True)(*args)
+    except BackendCompilerFailed as error:
+        assert f"launches: {launches}" in str(error), error
+    else:
+        raise AssertionError("no graph")
+
+
+def leaf(*shape):
+    return torch.randn(shape, requires_grad=True)
+
+
+def rotation(q, k, cos, sin, q_weight, k_weight):
+    return rotated_fused(q, k, cos, sin, Norm(q_weight, 1e-6), Norm(k_weight, 1e-6))
+
+
+table = torch.randn(1, 3, 8)
+traced(lambda x, w: rms_norm_fused(x, w, 1e-6, 0.0, True), 2, leaf(4, 8), leaf(8))
+traced(rotation, 2, leaf(2, 3, 4, 8), leaf(2, 3, 2, 8), table, table + 1, leaf(8), leaf(8))
+labels, items = torch.zeros(4, dtype=torch.int64), torch.tensor(4.0)
+traced(lambda x: cross_entropy_(x, labels, items, -100, True), 1, torch.randn(4, 8))
+print("every launch is in the graph")
+"""
+
+
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="no Triton on this platform")
-def test_kernels_equal_their_twins_in_tritons_interpreter() -> None:
+@pytest.mark.parametrize(
+    ("code", "interpreted", "says"),
+    [(KERNELS, "1", "every kernel equals its twin"), (TRACED, "0", "every launch is in the graph")],
+    ids=["in Triton's interpreter", "under torch.compile"],
+)
+def test_kernels(code: str, interpreted: str, says: str) -> None:
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", KERNELS],
-        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+        [sys.executable, "-W", "ignore", "-c", code],
+        env={**os.environ, "TRITON_INTERPRET": interpreted, "OMP_NUM_THREADS": "1"},
         cwd=Path(__file__).parents[2],
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.strip() == "every kernel equals its twin"
+    assert done.stdout.strip() == says
 
 
 def test_no_triton_kernel_is_imported_on_the_cpu() -> None:

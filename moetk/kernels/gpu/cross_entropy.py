@@ -12,7 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moetk.kernels.gpu.launch import launch, power_of_two
+from moetk.kernels.gpu.launch import power_of_two
+from moetk.kernels.gpu.there import launch_there
 
 
 @triton.jit
@@ -75,12 +76,12 @@ def cross_entropy_(
     C, V = logits_CV.shape
     losses_C = torch.empty(C, dtype=torch.float32, device=logits_CV.device)
     block = min(8192, power_of_two(V))
-    with torch.cuda.device_of(logits_CV):
-        launch(
-            _cross_entropy,
-            (C,),
-            (logits_CV, labels_C.contiguous(), items, losses_C, V, ignore_index),
-            (want_gradient, block),
-            warps=max(1, min(16, block // 512)),
-        )
+    launch_there(
+        logits_CV,
+        _cross_entropy,
+        (C,),
+        (logits_CV, labels_C.contiguous(), items, losses_C, V, ignore_index),
+        (want_gradient, block),
+        warps=max(1, min(16, block // 512)),
+    )
     return losses_C

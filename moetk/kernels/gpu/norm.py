@@ -15,7 +15,8 @@ import triton.language as tl
 from torch import Tensor
 
 from moetk.kernels.first_order import refuse_second_order
-from moetk.kernels.gpu.launch import launch, power_of_two
+from moetk.kernels.gpu.launch import power_of_two
+from moetk.kernels.gpu.there import launch_there
 
 PROGRAMS = 1024
 """Programs of the backward pass, each with its own partial sum of the weight's gradient: fixed, so
@@ -92,14 +93,14 @@ class _RMSNorm(torch.autograd.Function):
         W = len(weight_W)
         if x_RW.numel():
             block, warps = _block(W)
-            with torch.cuda.device_of(x_RW):
-                launch(
-                    _forward,
-                    (x_RW.numel() // W,),
-                    (x_RW, weight_W, y_RW, W, eps),
-                    (offset, rounds_first, block),
-                    warps=warps,
-                )
+            launch_there(
+                x_RW,
+                _forward,
+                (x_RW.numel() // W,),
+                (x_RW, weight_W, y_RW, W, eps),
+                (offset, rounds_first, block),
+                warps=warps,
+            )
         return y_RW
 
     @staticmethod
@@ -112,14 +113,14 @@ class _RMSNorm(torch.autograd.Function):
         partial_PW = x_RW.new_empty(min(R, PROGRAMS), W, dtype=torch.float32)
         if R:
             block, warps = _block(W)
-            with torch.cuda.device_of(x_RW):
-                launch(
-                    _backward,
-                    (len(partial_PW),),
-                    (x_RW, weight_W, dy_RW.contiguous(), dx_RW, partial_PW, R, W, ctx.eps),
-                    (ctx.offset, block),
-                    warps=warps,
-                )
+            launch_there(
+                x_RW,
+                _backward,
+                (len(partial_PW),),
+                (x_RW, weight_W, dy_RW.contiguous(), dx_RW, partial_PW, R, W, ctx.eps),
+                (ctx.offset, block),
+                warps=warps,
+            )
         return dx_RW, partial_PW.sum(0).to(weight_W.dtype), None, None, None
 
 

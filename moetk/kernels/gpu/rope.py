@@ -16,7 +16,8 @@ import triton.language as tl
 from torch import Tensor
 
 from moetk.kernels.first_order import refuse_second_order
-from moetk.kernels.gpu.launch import launch, power_of_two
+from moetk.kernels.gpu.launch import power_of_two
+from moetk.kernels.gpu.there import launch_there
 from moetk.kernels.rope import Norm
 
 PROGRAMS = 1024
@@ -303,8 +304,7 @@ class _Rotated(torch.autograd.Function):
             constants, warps = _sizes(q, k, q_weight)
             args = q, k, cos, sin, q_weight, k_weight, q_out, k_out
             numbers = S, _batch_stride(cos), q_eps, k_eps
-            with torch.cuda.device_of(q):
-                launch(_forward, (B * S,), (*args, *numbers), constants, warps=warps)
+            launch_there(q, _forward, (B * S,), (*args, *numbers), constants, warps=warps)
         return q_out, k_out
 
     @staticmethod
@@ -321,8 +321,9 @@ class _Rotated(torch.autograd.Function):
             given = q, k, cos, sin, q_weight, k_weight, dq_out.contiguous(), dk_out.contiguous()
             made = dq, dk, q_partial, k_partial
             numbers = B * S, S, _batch_stride(cos), *ctx.eps
-            with torch.cuda.device_of(q):
-                launch(_backward, (programs,), (*given, *made, *numbers), constants, warps=warps)
+            launch_there(
+                q, _backward, (programs,), (*given, *made, *numbers), constants, warps=warps
+            )
         dq_weight = None if q_partial is None else q_partial.sum(0).to(q_weight.dtype)
         dk_weight = None if k_partial is None else k_partial.sum(0).to(k_weight.dtype)
         return dq, dk, None, None, dq_weight, dk_weight, None, None

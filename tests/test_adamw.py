@@ -6,16 +6,9 @@ own; it is trusted with float32 and float16 alone.
 """
 
 import copy
-import importlib.util
-import json
 import math
-import os
-import subprocess
-import sys
-import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -27,8 +20,8 @@ from torch.nn import Parameter
 
 from moetk.kernels.adamw import DTYPES, Numbers, Row, adamw_, adamw_plain_, step_scales
 from moetk.train import AdamW, adamw
+from tests.interpreted import outcomes_of, tell
 
-ROOT = Path(__file__).parent.parent
 FLOATS = sorted(DTYPES, key=str)
 SHAPES = [(5, 3), (), (0, 4), (17,)]
 
@@ -472,26 +465,9 @@ CASES: dict[str, Callable[[], None]] = {
 }
 
 
-def outcome(case: Callable[[], None]) -> str:
-    try:
-        case()
-    except Exception:
-        return traceback.format_exc()
-    return ""
-
-
 @pytest.fixture(scope="module")
 def outcomes() -> dict[str, str]:
-    if importlib.util.find_spec("triton") is None:
-        pytest.skip(
-            "Triton, which pip installs on Linux, is not here: no kernel can be interpreted"
-        )
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-W", "ignore", __file__]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=170)
-    assert done.returncode == 0, done.stderr
-    result: dict[str, str] = json.loads(done.stdout.splitlines()[-1])
-    return result
+    return outcomes_of(__file__)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -500,4 +476,4 @@ def test_kernel_is_its_twin(outcomes: dict[str, str], name: str) -> None:
 
 
 if __name__ == "__main__":
-    print(json.dumps({name: outcome(case) for name, case in CASES.items()}))
+    tell(CASES)

@@ -6,17 +6,10 @@ its own. It is trusted with float32 and whole numbers alone.
 
 from __future__ import annotations
 
-import importlib.util
-import json
-import os
-import subprocess
-import sys
-import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -40,8 +33,8 @@ from moetk.kernels import fused_mlp as twin
 from moetk.kernels.grouped_mm import grouped_mm, grouped_outer
 from moetk.routing import TokenChoice
 from tests.banks import gradients, make_weights
+from tests.interpreted import outcomes_of, tell
 
-ROOT = Path(__file__).parent.parent
 gelu_tanh = partial(F.gelu, approximate="tanh")
 # Each activation once, and each pair of layouts and biases with some activation.
 ONE_OF_EACH: list[tuple[Activation, bool, bool, bool]] = [  # transposed, interleaved, bias
@@ -383,26 +376,9 @@ CASES: dict[str, Callable[[], None]] = {
 }
 
 
-def outcome(case: Callable[[], None]) -> str:
-    try:
-        case()
-    except Exception:
-        return traceback.format_exc()
-    return ""
-
-
 @pytest.fixture(scope="module")
 def outcomes() -> dict[str, str]:
-    if importlib.util.find_spec("triton") is None:
-        pytest.skip(
-            "Triton, which pip installs on Linux, is not here: no kernel can be interpreted"
-        )
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-W", "ignore", __file__]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=170)
-    assert done.returncode == 0, done.stderr
-    result: dict[str, str] = json.loads(done.stdout.splitlines()[-1])
-    return result
+    return outcomes_of(__file__)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -415,4 +391,4 @@ if __name__ == "__main__":
 
     torch.Tensor.new_empty = poisoned(torch.Tensor.new_empty)  # type: ignore[method-assign]
     torch.empty_like = poisoned(torch.empty_like)
-    print(json.dumps({name: outcome(case) for name, case in CASES.items()}))
+    tell(CASES)

@@ -4,16 +4,9 @@ The interpreter is chosen where Triton is first imported, so this file runs itse
 its own. It is trusted with float32, float16 and whole numbers alone.
 """
 
-import importlib.util
-import json
 import math
-import os
 import re
-import subprocess
-import sys
-import traceback
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
@@ -24,8 +17,8 @@ from moetk.errors import MoeDtypeError, RouterConfigError
 from moetk.kernels.choose import choose_backward_in_torch, choose_in_torch
 from moetk.kernels.recipe import Recipe
 from moetk.kernels.sort_plan import sort_in_torch
+from tests.interpreted import outcomes_of, tell
 
-ROOT = Path(__file__).parent.parent
 RECIPES = {
     "softmax": Recipe("softmax", renormalise=True),
     "softmax, sum kept": Recipe("softmax", score_dtype=torch.float32),
@@ -225,26 +218,9 @@ CASES: dict[str, Callable[[], None]] = {
 }
 
 
-def outcome(case: Callable[[], None]) -> str:
-    try:
-        case()
-    except Exception:
-        return traceback.format_exc()
-    return ""
-
-
 @pytest.fixture(scope="module")
 def outcomes() -> dict[str, str]:
-    if importlib.util.find_spec("triton") is None:
-        pytest.skip(
-            "Triton, which pip installs on Linux, is not here: no kernel can be interpreted"
-        )
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-W", "ignore", __file__]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=170)
-    assert done.returncode == 0, done.stderr
-    result: dict[str, str] = json.loads(done.stdout.splitlines()[-1])
-    return result
+    return outcomes_of(__file__)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -265,4 +241,4 @@ if __name__ == "__main__":
 
     torch.Tensor.new_empty = poisoned(torch.Tensor.new_empty)  # type: ignore[method-assign]
     torch.empty_like = poisoned(torch.empty_like)
-    print(json.dumps({name: outcome(case) for name, case in CASES.items()}))
+    tell(CASES)

@@ -1,8 +1,7 @@
 """RMSNorm in one kernel each way, on stock weights.
 
-moetk's own kernel: on an H200 at (16384, 2048) in bf16 it takes 0.55 ms forward and backward where
-Liger-Kernel 0.8.5's takes 0.74 and transformers' module 1.43, and it adds the weight's gradient up
-in an order that does not depend on the GPU.
+moetk's own kernel, which adds the weight's gradient up in an order that does not depend on the GPU;
+how it compares with Liger-Kernel's is in scripts/results/NOTES.md.
 """
 
 from __future__ import annotations

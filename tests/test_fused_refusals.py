@@ -161,18 +161,18 @@ def test_gradients_are_not_added_where_several_ranks_run(monkeypatch: pytest.Mon
     monkeypatch.setattr(room, "direct", lambda tensor: True)
     monkeypatch.setattr(room, "_several_ranks", lambda: True)
     with pytest.raises(BackendError, match="several ranks run, and who reduces gradients"):
-        room._check_adds(x_TH, weights.up, weights.down)
+        room.check_adds(x_TH, weights.up, weights.down)
 
 
 def test_gradients_are_added_only_where_the_copy_engine_reaches() -> None:
     weight = torch.nn.Parameter(torch.zeros(4, 8, dtype=torch.bfloat16))
-    assert room._addable(weight) is None
+    assert room.addable(weight) is None
     lying = torch.zeros(33, dtype=torch.bfloat16)
     for start, addable in ((0, True), (1, False)):
         weight.grad = lying[start : start + 32].view(4, 8)
-        assert (room._addable(weight) is not None) == addable
+        assert (room.addable(weight) is not None) == addable
     weight.grad = torch.zeros(8, 4, dtype=torch.bfloat16).t()
-    assert room._addable(weight) is None
+    assert room.addable(weight) is None
 
 
 def test_a_clamp_at_zero_is_no_kernels() -> None:

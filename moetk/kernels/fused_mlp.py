@@ -71,7 +71,7 @@ def experts_mlp(
     tensors = (x_TH, weights_TK, up, down, up_bias, down_bias)
     keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     if add_to_grad and keep:
-        _check_adds(x_TH, up, down)
+        check_adds(x_TH, up, down)
     if direct(x_TH):
         y_TH: Tensor = _Direct.apply(*tensors, plan, form, keep, add_to_grad)
         return y_TH
@@ -79,7 +79,9 @@ def experts_mlp(
     return moe_mlp(*tensors, *fields, *astuple(form), keep)[0]  # type: ignore[no-any-return]
 
 
-def _check_adds(x_TH: Tensor, up: Tensor, down: Tensor) -> None:
+def check_adds(x_TH: Tensor, up: Tensor, down: Tensor) -> None:
+    """Raise BackendError where gradients of up and down cannot be added to .grad behind autograd's
+    back: somebody else waits for them."""
     for name, weight in (("up", up), ("down", down)):
         why = None
         if not direct(x_TH):
@@ -99,7 +101,7 @@ def _several_ranks() -> bool:
     return here and torch.distributed.get_world_size() > 1
 
 
-def _addable(weight: Tensor) -> Tensor | None:
+def addable(weight: Tensor) -> Tensor | None:
     """The gradient that a kernel may add to: there, dense, of the weight's dtype, and where the
     copy engine can reach it."""
     grad = weight.grad
@@ -132,7 +134,7 @@ class _Direct(torch.autograd.Function):
         h_NJ, x_TH, weights_TK, up, down, up_bias, down_bias = ctx.saved_tensors
         tensors = (x_TH, weights_TK, up, down, up_bias, down_bias)
         wanted = ctx.needs_input_grad[:6]
-        into = (_addable(up), _addable(down)) if ctx.adds else (None, None)
+        into = (addable(up), addable(down)) if ctx.adds else (None, None)
         with torch.cuda.device_of(x_TH):
             grads = mlp.backward(dy_TH, h_NJ, *tensors, ctx.plan, ctx.form, list(wanted), into)
         added = (None, None, *into, None, None)

@@ -90,7 +90,7 @@ def backward(
         del da_NI
     if need[1]:
         if down_bias is not None:
-            dw_TK = (dw_TK + _bias_dots(dy_TH, down_bias, plan)).to(weights_TK.dtype)
+            dw_TK = (dw_TK + bias_dots(dy_TH, down_bias, plan)).to(weights_TK.dtype)
         dweights = dw_TK
     if need[3]:
         pair, side = ((aw_NI, dy_TH), "right") if form.transposed else ((dy_TH, aw_NI), "left")
@@ -123,7 +123,7 @@ def _up_gradient(
     return outer("dup_gather", *pair, offsets_E, source_N=source_N, gather=side, into_EAB=into)
 
 
-def _bias_dots(dy_TH: Tensor, bias_EH: Tensor, plan: SortPlan) -> Tensor:
+def bias_dots(dy_TH: Tensor, bias_EH: Tensor, plan: SortPlan) -> Tensor:
     """(T, K) fp32: <dy[t], bias of choice (t, k)>, 0 for unused choices."""
     dots_TE = dy_TH.float() @ bias_EH.float().t()
     experts_N = row_experts(plan.offsets_E, len(plan.source_N))

@@ -45,16 +45,20 @@ class NormShell:
     def forward(self, hidden_states: Tensor) -> Tensor:
         module: Any = self
         weight: Tensor = module.weight
-        if ACTIVE not in vars(module) or _why_stock(hidden_states.dtype, weight.dtype):
+        if ACTIVE not in vars(module) or why_stock(hidden_states.dtype, weight.dtype):
             return super().forward(hidden_states)  # type: ignore[misc, no-any-return]
-        row = NORMS[own_class(module).__name__]
-        eps = getattr(module, row.eps)
-        return rms_norm(
-            hidden_states, weight, eps, offset=row.offset, rounds_first=row.rounds_first
-        )
+        return rms_norm(hidden_states, weight, **rule_of(module))
 
 
-def _why_stock(dtype: torch.dtype, weight_dtype: torch.dtype) -> str | None:
+def rule_of(norm: Any) -> dict[str, Any]:
+    """How a norm of NORMS computes, as moetk.kernels.norm is told."""
+    row = NORMS[own_class(norm).__name__]
+    eps = getattr(norm, row.eps)
+    return {"eps": eps, "offset": row.offset, "rounds_first": row.rounds_first}
+
+
+def why_stock(dtype: torch.dtype, weight_dtype: torch.dtype) -> str | None:
+    """Why moetk's code does not take hidden states of `dtype`, or None."""
     if dtype != weight_dtype:
         return f"the weight is {weight_dtype}, the hidden states {dtype}"
     if dtype == torch.float64:
@@ -74,7 +78,7 @@ def _refusal(module: nn.Module) -> str | None:
 
 def _runs(module: nn.Module) -> str:
     device, dtype = runs_on(module), next(module.parameters()).dtype
-    why = _why_stock(dtype, dtype)
+    why = why_stock(dtype, dtype)
     if why is not None:
         return f"stock: {why}"
     return f"moetk: {'one Triton kernel' if device.type == 'cuda' else 'plain torch'}"

@@ -1,4 +1,4 @@
-"""`speed_up`: moetk's norms, rotation and loss in a stock transformers model, reversible."""
+"""`speed_up`: moetk's norms, residuals, rotation and loss in a stock model, reversible."""
 
 from __future__ import annotations
 
@@ -18,10 +18,11 @@ from moetk.layers.step.attention import ROPE
 from moetk.layers.step.loss import LOSS
 from moetk.layers.step.norm import NORM
 from moetk.layers.step.part import ACTIVE, Part
+from moetk.layers.step.residual import RESIDUAL
 from moetk.layers.step.under import slip_under, take_out
 from moetk.layers.swap import own_class
 
-PARTS = (NORM, ROPE, LOSS)
+PARTS = (NORM, RESIDUAL, ROPE, LOSS)
 STEP = "_moetk_speed_up"
 
 
@@ -101,10 +102,19 @@ class Step:
         return self.explain()
 
 
-def speed_up(model: nn.Module, *, norm: bool = True, rope: bool = True, loss: bool = True) -> Step:
+def speed_up(
+    model: nn.Module,
+    *,
+    norm: bool = True,
+    residual: bool = True,
+    rope: bool = True,
+    loss: bool = True,
+) -> Step:
     """Make the rest of this model's training step faster, in place: all but its expert layers.
 
     norm: RMSNorms run in one kernel each way.
+    residual: with the sum before such a norm, and with the gradient of the residual stream beside
+        it, in that same kernel; nothing without norm.
     rope: queries and keys are normed and rotated in one kernel each way.
     loss: in training with labels, loss and gradients are computed by chunks of rows; `out.logits`
         is None there. loss=False keeps them.
@@ -119,7 +129,7 @@ def speed_up(model: nn.Module, *, norm: bool = True, rope: bool = True, loss: bo
     holds a module's forward.
     """
     root: Any = root_of(model)
-    wanted = {NORM: norm, ROPE: rope, LOSS: loss}
+    wanted = {NORM: norm, RESIDUAL: residual, ROPE: rope, LOSS: loss}
     places = [
         Place(part, module, part.refusal(module))
         for part in PARTS

@@ -1,0 +1,115 @@
+"""A decoder layer's forward with each norm and the residual stream beside it as one call.
+
+What transformers writes, in families and versions without number, is
+
+    residual = hidden_states
+    hidden_states = self.input_layernorm(hidden_states)
+    ...
+    hidden_states = residual + hidden_states
+    residual = hidden_states
+    hidden_states = self.post_attention_layernorm(hidden_states)
+
+The forward is read from its source, and where it says that, it says now
+
+    residual, hidden_states = self._moetk_forked(hidden_states, self.input_layernorm)
+    ...
+    residual, hidden_states = self._moetk_added(residual, hidden_states, self....)
+
+Every other line stays, so that there is no second copy of a layer that could differ from the first.
+A sum that is anything else (scaled, dropped out, of parallel branches) is not one of these lines.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import inspect
+import linecache
+import re
+import textwrap
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+ADDED = re.compile(
+    r"^( *)(?P<branch>\w+) = (?P<stream>\w+) \+ (?P=branch)\n"
+    r"\1(?P=stream) = (?P=branch)\n"
+    r"\1(?P=branch) = self\.(?P<norm>\w+)\((?P=branch)\)$",
+    re.MULTILINE,
+)
+FORKED = re.compile(
+    r"^( *)(?P<stream>\w+) = (?P<branch>\w+)\n"
+    r"\1(?P=branch) = self\.(?P<norm>\w+)\((?P=branch)\)$",
+    re.MULTILINE,
+)
+
+
+@dataclass(frozen=True)
+class Joined:
+    """read: the class's forward this was made of. forward: what runs instead. added, forked: names
+    of the norms that are joined with a sum and a stream, or with a stream alone. why_not: why
+    there are none, and forward is as it was read; None where there are."""
+
+    read: Callable[..., Any]
+    forward: Callable[..., Any]
+    added: tuple[str, ...] = ()
+    forked: tuple[str, ...] = ()
+    why_not: str | None = None
+
+
+@functools.cache
+def joined(read: Callable[..., Any]) -> Joined:
+    """A decoder layer class's forward, read and rewritten."""
+    function = _below_checkpointing(read)
+    try:
+        text = _lines(function)
+    except _NotPlain as reason:
+        return Joined(read, read, why_not=str(reason))
+    added = tuple(found["norm"] for found in ADDED.finditer(text))
+    text = ADDED.sub(
+        r"\1\g<stream>, \g<branch> = self._moetk_added(\g<stream>, \g<branch>, self.\g<norm>)", text
+    )
+    forked = tuple(found["norm"] for found in FORKED.finditer(text))
+    text = FORKED.sub(
+        r"\1\g<stream>, \g<branch> = self._moetk_forked(\g<branch>, self.\g<norm>)", text
+    )
+    if not added and not forked:
+        return Joined(read, read, why_not="its forward norms nothing beside a residual stream")
+    return Joined(read, _function(text, function), added, forked)
+
+
+def _below_checkpointing(forward: Any) -> Any:
+    """Without transformers' wrapper, which the shell's class gets anew."""
+    code = getattr(forward, "__code__", None)
+    wrapped = code is not None and code.co_name == "forward_with_checkpointing"
+    return forward.__wrapped__ if wrapped else forward
+
+
+class _NotPlain(Exception):
+    """The source is not all there is to the function."""
+
+
+def _lines(function: Any) -> str:
+    """One statement a line, without comments."""
+    if not inspect.isfunction(function) or hasattr(function, "__wrapped__"):
+        raise _NotPlain("its forward is wrapped")
+    try:
+        source = inspect.getsource(function)
+    except (OSError, TypeError):
+        raise _NotPlain("the source of its forward is not there") from None
+    written = ast.parse(textwrap.dedent(source)).body[0]
+    if not isinstance(written, ast.FunctionDef) or written.decorator_list or function.__closure__:
+        raise _NotPlain("its forward is decorated, or reads variables around it")
+    if any(isinstance(node, ast.AugAssign) for node in ast.walk(written)):
+        raise _NotPlain("its forward may write into the residual stream")
+    return ast.unparse(written) + "\n"
+
+
+def _function(text: str, original: Any) -> Callable[..., Any]:
+    """The text as a function that reads the names the original reads; tracebacks show it."""
+    name = f"<moetk.speed_up: {original.__module__}.{original.__qualname__}>"
+    linecache.cache[name] = len(text), None, text.splitlines(keepends=True), name
+    made: dict[str, Any] = {}
+    exec(compile(text, name, "exec"), original.__globals__, made)
+    function: Callable[..., Any] = made[original.__name__]
+    return function

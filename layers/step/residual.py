@@ -1,0 +1,98 @@
+"""Residual streams: each sum together with the norm behind it, each stream's gradient together with
+that of the norm beside it.
+
+The sum at the end of a layer stays apart from the norm that begins the next. Joined, one would have
+to hand the other a tensor that nobody else may see, and whatever reads, skips, checkpoints or
+reorders layers would see it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moetk.kernels.norm import added_rms_norm, forked_rms_norm
+from moetk.layers.find import runs_on
+from moetk.layers.step.joined import Joined, joined
+from moetk.layers.step.norm import NORMS, rule_of, why_stock
+from moetk.layers.step.part import ACTIVE, Part, is_watched
+from moetk.layers.swap import own_class
+
+
+class ResidualShell:
+    """In front of a decoder layer: runs its own forward, rewritten by `joined`. Whether a line's
+    kernel can take the tensors is seen when they are there; the line says what it said, if not."""
+
+    _moetk_joined: Joined
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if not hasattr(cls, "_moetk_joined"):
+            stock: Any = cls.__bases__[1]
+            cls._moetk_joined = joined(stock.forward)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        stock = super().forward  # type: ignore[misc]
+        if ACTIVE not in vars(self) or stock.__func__ is not self._moetk_joined.read:
+            return stock(*args, **kwargs)
+        return self._moetk_joined.forward(self, *args, **kwargs)
+
+    def _moetk_forked(self, stream: Tensor, norm: Any) -> tuple[Tensor, Tensor]:
+        if _why_apart(norm, stream.dtype) is not None:
+            return stream, norm(stream)
+        return forked_rms_norm(stream, norm.weight, **rule_of(norm))
+
+    def _moetk_added(self, stream: Tensor, branch: Tensor, norm: Any) -> tuple[Tensor, Tensor]:
+        alike = stream.dtype == branch.dtype and stream.shape == branch.shape
+        if not alike or _why_apart(norm, stream.dtype) is not None:
+            return self._moetk_forked(stream + branch, norm)
+        return added_rms_norm(stream, branch, norm.weight, **rule_of(norm))
+
+
+def _why_apart(norm: Any, dtype: torch.dtype) -> str | None:
+    """Why a norm is called as a module and what stands beside it is left to torch, or None."""
+    if ACTIVE not in vars(norm):
+        return "is not moetk's"
+    if is_watched(norm):
+        return "is hooked, and must be called"
+    return why_stock(dtype, norm.weight.dtype)
+
+
+def _concerns(module: nn.Module) -> bool:
+    cls = own_class(module)
+    return cls.__name__.endswith("DecoderLayer") and cls.__module__.startswith(
+        "transformers.models."
+    )
+
+
+def _refusal(module: nn.Module) -> str | None:
+    found = _joined_in(module)
+    if found.why_not is not None:
+        return found.why_not
+    names = {own_class(getattr(module, name)).__name__ for name in found.added + found.forked}
+    if not names & NORMS.keys():
+        return f"{', '.join(sorted(names))} has no row in moetk.layers.step.norm"
+    return None
+
+
+def _joined_in(module: nn.Module) -> Joined:
+    return joined(own_class(module).forward)  # type: ignore[attr-defined]
+
+
+def _runs(module: nn.Module) -> str:
+    found: Joined = module._moetk_joined  # type: ignore[assignment]
+    if found != _joined_in(module):
+        return "stock: its class was given another forward"
+    said = []
+    for name in found.forked + found.added:
+        norm: Any = getattr(module, name)
+        why = _why_apart(norm, next(norm.parameters()).dtype)
+        beside = "the sum before it" if name in found.added else "the stream beside it"
+        said.append(f"{name} and {beside}" if why is None else f"stock: {name} {why}")
+    how = "one Triton kernel each" if runs_on(module).type == "cuda" else "plain torch"
+    return f"moetk, {how}: " + "; ".join(said)
+
+
+RESIDUAL = Part("residual", ResidualShell, _concerns, _refusal, _runs)

@@ -22,6 +22,7 @@ from moetk.experts.fused import fused, why_not_fused
 from moetk.experts.grouped import grouped
 from moetk.experts.reference import reference
 from moetk.experts.spec import BankSpec, BankWeights
+from moetk.experts.te import te, why_not_te, why_not_unasked
 from moetk.routing import Routing, TokenChoice
 
 Run = Callable[[BankSpec, BankWeights, Tensor, Routing], Tensor]
@@ -71,6 +72,10 @@ class Backend:
         """What else keeps it from running, on a dtype and device that it takes."""
         return []
 
+    def why_not_unasked(self, device: torch.device) -> str | None:
+        """Why `auto` leaves it to who asks for it by name, here and now, where it runs."""
+        return None
+
 
 class _Reference(Backend):
     def also_needs(self, *_: object) -> list[str]:
@@ -86,9 +91,19 @@ class _Fused(Backend):
         reasons = [_lacks_hopper(device)]
         if routing is not TokenChoice:
             reasons.append(f"it reads a TokenChoice, the router returns a {routing.__name__}")
-        if spec is not None:
-            reasons.append(why_not_fused(spec, dtype))
+        reasons.append(self.why_not_spec(spec, dtype))
         return [reason for reason in reasons if reason]
+
+    def why_not_spec(self, spec: BankSpec | None, dtype: torch.dtype) -> str | None:
+        return None if spec is None else why_not_fused(spec, dtype)
+
+
+class _Te(_Fused):
+    def why_not_spec(self, spec: BankSpec | None, dtype: torch.dtype) -> str | None:
+        return why_not_te(spec, dtype)
+
+    def why_not_unasked(self, device: torch.device) -> str | None:
+        return why_not_unasked(device)
 
 
 # With the copy engine that the kernels read weights with, and 227 KiB of shared memory a block, of
@@ -123,7 +138,15 @@ FUSED = _Fused(
     (torch.bfloat16, torch.float16),
     ("cuda",),
 )
-_BACKENDS = {backend.name: backend for backend in (REFERENCE, GROUPED, FUSED)}
+TE = _Te(
+    "te",
+    te,
+    "Transformer Engine's products; each forward copies the number of rows of each expert to the "
+    "host, and waits for it",
+    (torch.bfloat16, torch.float16),
+    ("cuda",),
+)
+_BACKENDS = {backend.name: backend for backend in (REFERENCE, GROUPED, FUSED, TE)}
 
 
 def backends() -> tuple[Backend, ...]:
@@ -133,13 +156,42 @@ def backends() -> tuple[Backend, ...]:
 
 @dataclass(frozen=True)
 class TableRow:
-    """Up to `max_rows` = T*K assignments on `device` in `dtype`, take `backend`."""
+    """On `device` in `dtype`, for up to `max_rows` = T*K assignments, take `backend`, where there
+    are `min_rows_per_expert` and each expert's matrices are (H, I) with H*I >= `min_expert_size`.
+    """
 
     device: str
     dtype: str
     max_rows: float
     backend: str
     measured: str
+    min_rows_per_expert: int = 0
+    min_expert_size: int = 0
+
+    def fits(
+        self, device_type: str, dtype: torch.dtype, num_rows: int, spec: BankSpec | None
+    ) -> bool:
+        """spec None: of a bank of which nothing is known."""
+        if self.device not in (device_type, "any"):
+            return False
+        if self.dtype not in (str(dtype).removeprefix("torch."), "any"):
+            return False
+        if self.min_expert_size or self.min_rows_per_expert:
+            if spec is None or spec.hidden_size * spec.intermediate_size < self.min_expert_size:
+                return False
+            if num_rows < self.min_rows_per_expert * spec.num_experts:
+                return False
+        return num_rows <= self.max_rows
+
+    @property
+    def bounds(self) -> str:
+        """For whom it is, in words."""
+        words = f"up to {self.max_rows:g} rows"
+        if self.min_rows_per_expert:
+            words += f", at least {self.min_rows_per_expert} an expert"
+        if self.min_expert_size:
+            words += f", experts of H*I >= {self.min_expert_size}"
+        return words
 
 
 @_one_answer
@@ -153,21 +205,26 @@ def _read_table() -> tuple[TableRow, ...]:
     with (files("moetk.experts") / "auto_table.csv").open() as stream:
         return tuple(
             TableRow(
-                row["device"], row["dtype"], float(row["max_rows"]), row["backend"], row["measured"]
+                row["device"],
+                row["dtype"],
+                float(row["max_rows"]),
+                row["backend"],
+                row["measured"],
+                int(row["min_rows_per_expert"]),
+                int(row["min_expert_size"]),
             )
             for row in csv.DictReader(stream)
         )
 
 
-@functools.cache
-def auto_row(device_type: str, dtype: torch.dtype, num_rows: int) -> TableRow:
-    """The table's row for a call; the last row of the table takes everything."""
-    name = str(dtype).removeprefix("torch.")
+def auto_row(
+    device_type: str, dtype: torch.dtype, num_rows: int, spec: BankSpec | None = None
+) -> TableRow:
+    """The table's first row for a call; its last row takes everything."""
     for row in auto_table():
-        here = row.device in (device_type, "any") and row.dtype in (name, "any")
-        if here and num_rows <= row.max_rows:
+        if row.fits(device_type, dtype, num_rows, spec):
             return row
-    raise BackendError(f"auto_table.csv has no row for {device_type}, {name}, {num_rows} rows.")
+    raise BackendError(f"auto_table.csv has no row for {device_type}, {dtype}, {num_rows} rows.")
 
 
 def check_backend_name(name: str) -> None:
@@ -189,15 +246,20 @@ def pick_backend(
     spec: BankSpec | None = None,
     routing: type = TokenChoice,
 ) -> Backend:
-    """The backend of that name, or the table's for "auto".
+    """The backend of that name; for "auto" that of the table's first row for this call which can
+    compute it here, and otherwise `grouped`.
 
-    auto takes `grouped` where the table's choice cannot compute this spec or routing. Raises
-    BackendError when the one asked for by name cannot run here: nothing falls back silently.
+    Raises BackendError when the one asked for by name cannot run here: nothing falls back silently.
     """
     if name == "auto":
-        picked = _BACKENDS[auto_row(device.type, dtype, num_rows).backend]
-        # The loop of `reference` cannot be traced, whatever the table says.
-        return GROUPED if picked.why_not(dtype, device, spec, routing) else picked
+        for row in auto_table():
+            if row.fits(device.type, dtype, num_rows, spec):
+                backend = _BACKENDS[row.backend]
+                # The loop of `reference` cannot be traced, whatever the table says.
+                refused = backend.why_not(dtype, device, spec, routing)
+                if not refused and not backend.why_not_unasked(device):
+                    return backend
+        return GROUPED
     check_backend_name(name)
     backend = _BACKENDS[name]
     reason = backend.why_not(dtype, device, spec, routing)

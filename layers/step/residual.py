@@ -18,6 +18,7 @@ from moetk.layers.find import runs_on
 from moetk.layers.step.joined import Joined, joined
 from moetk.layers.step.norm import NORMS, rule_of, why_stock
 from moetk.layers.step.part import ACTIVE, Part, is_watched
+from moetk.layers.step.under import stock_class
 from moetk.layers.swap import own_class
 
 
@@ -54,9 +55,9 @@ class ResidualShell:
 def _why_apart(norm: Any, dtype: torch.dtype) -> str | None:
     """Why a norm is called as a module and what stands beside it is left to torch, or None."""
     if ACTIVE not in vars(norm):
-        return "is not moetk's"
+        return "is left stock"
     if is_watched(norm):
-        return "is hooked, and must be called"
+        return "is hooked and must be called"
     return why_stock(dtype, norm.weight.dtype)
 
 
@@ -78,21 +79,28 @@ def _refusal(module: nn.Module) -> str | None:
 
 
 def _joined_in(module: nn.Module) -> Joined:
-    return joined(own_class(module).forward)  # type: ignore[attr-defined]
+    return joined(stock_class(module).forward)
 
 
 def _runs(module: nn.Module) -> str:
     found: Joined = module._moetk_joined  # type: ignore[assignment]
     if found != _joined_in(module):
         return "stock: its class was given another forward"
-    said = []
+    joins, apart = [], []
     for name in found.forked + found.added:
         norm: Any = getattr(module, name)
         why = _why_apart(norm, next(norm.parameters()).dtype)
         beside = "the sum before it" if name in found.added else "the stream beside it"
-        said.append(f"{name} and {beside}" if why is None else f"stock: {name} {why}")
-    how = "one Triton kernel each" if runs_on(module).type == "cuda" else "plain torch"
-    return f"moetk, {how}: " + "; ".join(said)
+        if why is None:
+            joins.append(f"{name} and {beside}")
+        else:
+            apart.append(f"{name} {why}")
+    if not found.added:
+        apart.append("no sum before a norm is plain")
+    how = "one Triton kernel each way" if runs_on(module).type == "cuda" else "plain torch"
+    ours = [f"moetk, {how}: {', '.join(joins)}"] if joins else []
+    stock = [f"stock: {', '.join(apart)}"] if apart else []
+    return "; ".join(ours + stock)
 
 
 RESIDUAL = Part("residual", ResidualShell, _concerns, _refusal, _runs)

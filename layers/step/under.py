@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from moetk.layers.swap import extend, withdraw
+from moetk.layers.swap import extend, own_class, withdraw
 
 
 @functools.cache
@@ -32,6 +32,12 @@ def _with_shell(stock: type, shell: type) -> type:
 def _rebuild(stock: type, shell: type) -> Any:
     cls: Any = _with_shell(stock, shell)
     return cls.__new__(cls)
+
+
+def stock_class(module: nn.Module) -> Any:
+    """The class that transformers wrote, whether or not a shell is in front of it."""
+    own = own_class(module)
+    return vars(own).get("_moetk_under", own)
 
 
 def slip_under(module: nn.Module, shell: type) -> None:

@@ -32,6 +32,7 @@ from tests.tiny import FAMILIES, ids
 SINGLE = 1e-4
 """How far models in float32 may be apart."""
 NORMED = ("qwen3_moe", "olmoe")
+PARTS = ("norm", "residual", "rope", "loss")
 
 
 def exact_loss(
@@ -209,10 +210,10 @@ def test_a_second_call_starts_from_stock() -> None:
     assert classes(model) == before
 
 
-@pytest.mark.parametrize("part", ["norm", "rope", "loss"])
+@pytest.mark.parametrize("part", PARTS)
 def test_each_part_alone(part: str) -> None:
     model = single("qwen3_moe")
-    ours = fast(model, **{name: name == part for name in ("norm", "rope", "loss")})
+    ours = fast(model, **{name: name == part for name in PARTS})
     if part == "loss":
         assert_equal(trained(ours), trained(model), bound=SINGLE)
         return

@@ -118,8 +118,8 @@ from moetk.errors import SecondOrderError
 from moetk.kernels.cross_entropy import plain_cross_entropy_
 from moetk.kernels.gpu import cross_entropy, launch, norm, rope, there
 from moetk.kernels.gpu.cross_entropy import cross_entropy_
-from moetk.kernels.gpu.norm import rms_norm_fused
-from moetk.kernels.norm import rms_norm_plain
+from moetk.kernels.gpu.norm import added_rms_norm_fused, forked_rms_norm_fused, rms_norm_fused
+from moetk.kernels.norm import added_rms_norm_plain, rms_norm_plain
 from moetk.kernels.rope import Norm, rotated_plain
 
 torch.manual_seed(0)
@@ -203,6 +203,29 @@ for R, W in ((4, 8), (5, 6), (1, 9), (0, 8)):
         want = torch.autograd.grad(theirs, (x, weight), into)
         close((ours, *mine), (theirs, *want), (R, W))
 
+        def forked_plain(x, *settings):
+            return x, rms_norm_plain(x, *settings)
+
+        branch = strided(torch.randn(R, W)).requires_grad_()
+        for fused, plain, summands in (
+            (forked_rms_norm_fused, forked_plain, (x,)),
+            (added_rms_norm_fused, added_rms_norm_plain, (x, branch)),
+        ):
+            leaves = *summands, weight
+            ours, theirs = (f(*leaves, 1e-3, offset, rounds_first) for f in (fused, plain))
+            name = fused.__name__.removesuffix("_fused")
+            for y in fused(*leaves, 1e-3, offset, rounds_first):
+                refuses_a_second_derivative(y, x, name)
+            into = [strided(torch.randn(R, W)), torch.randn(W, R).T]
+            mine = torch.autograd.grad(ours, leaves, into)
+            want = torch.autograd.grad(theirs, leaves, into)
+            close((*ours, *mine), (*theirs, *want), (name, R, W))
+            for one in (0, 1):  # the other goes nowhere
+                y, true = (f(*leaves, 1e-3, offset, rounds_first)[one] for f in (fused, plain))
+                mine = torch.autograd.grad(y, leaves, into[one], materialize_grads=True)
+                want = torch.autograd.grad(true, leaves, into[one], materialize_grads=True)
+                close(mine, want, (name, one, R, W))
+
 for C, V in ((5, 7), (3, 9000)):
     logits, labels = 3 * torch.randn(C, V), strided(torch.randint(0, V, (C,)))
     labels[0], labels[1], labels[2], logits[2, V // 2] = V - 1, -100, 0, float("-inf")
@@ -238,7 +261,7 @@ import torch
 import torch.utils._triton
 from torch._dynamo.exc import BackendCompilerFailed
 from moetk.kernels.gpu.cross_entropy import cross_entropy_
-from moetk.kernels.gpu.norm import rms_norm_fused
+from moetk.kernels.gpu.norm import added_rms_norm_fused, forked_rms_norm_fused, rms_norm_fused
 from moetk.kernels.gpu.rope import rotated_fused
 from moetk.kernels.rope import Norm
 
@@ -269,6 +292,9 @@ def rotation(q, k, cos, sin, q_weight, k_weight):
 
 table = torch.randn(1, 3, 8)
 traced(lambda x, w: rms_norm_fused(x, w, 1e-6, 0.0, True), 2, leaf(4, 8), leaf(8))
+traced(lambda x, w: forked_rms_norm_fused(2 * x, w, 1e-6, 0.0, True), 2, leaf(4, 8), leaf(8))
+summands = leaf(4, 8), leaf(4, 8)
+traced(lambda x, y, w: added_rms_norm_fused(x, y, w, 1e-6, 0.0, True), 2, *summands, leaf(8))
 traced(rotation, 2, leaf(2, 3, 4, 8), leaf(2, 3, 2, 8), table, table + 1, leaf(8), leaf(8))
 labels, items = torch.zeros(4, dtype=torch.int64), torch.tensor(4.0)
 traced(lambda x: cross_entropy_(x, labels, items, -100, True), 1, torch.randn(4, 8))

@@ -167,7 +167,8 @@ def refusals() -> None:
 
 
 def sorting(num_tokens: int, top_k: int, num_experts: int) -> None:
-    from moetk.kernels.gpu.plan import sort_on_gpu
+    """In one launch, as for few choices, and in three."""
+    from moetk.kernels.gpu import plan
 
     draw = torch.Generator().manual_seed(num_tokens)
     shape = (num_tokens, top_k)
@@ -179,9 +180,11 @@ def sorting(num_tokens: int, top_k: int, num_experts: int) -> None:
     kept_TK = torch.rand(shape, generator=draw) < 0.6
     for experts_TK in (drawn_TK, one_TK, none_TK):
         for kept in (None, kept_TK):
-            got = sort_on_gpu(experts_TK, kept, num_experts)
-            for mine, twin in zip(got, sort_in_torch(experts_TK, kept, num_experts), strict=True):
-                assert mine.dtype == torch.int32 and torch.equal(mine, twin)
+            want = sort_in_torch(experts_TK, kept, num_experts)
+            for plan._FEW in (0, 4096):
+                got = plan.sort_on_gpu(experts_TK, kept, num_experts)
+                for mine, twin in zip(got, want, strict=True):
+                    assert mine.dtype == torch.int32 and torch.equal(mine, twin)
 
 
 def many_blocks() -> None:

@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from moetk.experts.spec import BankSpec, BankWeights
+from moetk.kernels.first_order import refuse_second_order
 from moetk.kernels.gather_sum import gather_sum
 from moetk.kernels.grouped_mm import grouped_mm, grouped_outer
 from moetk.kernels.sort_plan import SortPlan, sort_plan
@@ -87,6 +87,9 @@ def _sorted(values_TK: Tensor, plan: SortPlan) -> Tensor:
     return values_TK.flatten().index_select(0, plan.choice_N)
 
 
+_FIRST_ORDER = 'backend="grouped"', 'backend="reference"'
+
+
 class _GatherUp(torch.autograd.Function):
     """x (T, H) -> h (N, J): gather each row, scale it where asked, times its expert's matrix."""
 
@@ -113,8 +116,8 @@ class _GatherUp(torch.autograd.Function):
         return h_NJ
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dh_NJ: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_second_order(*_FIRST_ORDER)
         x_TH, scale_TK, up = ctx.saved_tensors
         plan, need = ctx.plan, ctx.needs_input_grad
         dx_TH = dscale_TK = dup = dbias = None
@@ -161,8 +164,8 @@ class _DownCombine(torch.autograd.Function):
         return gather_sum(o_NH, plan.slot_TK, used_TK)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dy_TH: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_second_order(*_FIRST_ORDER)
         a_NI, weights_TK, down, down_bias = ctx.saved_tensors
         plan, need = ctx.plan, ctx.needs_input_grad
         da_NI = dweights_TK = ddown = dbias = None

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from moetk.kernels.direct import direct
+from moetk.kernels.direct import direct, on_device_of
+from moetk.kernels.first_order import refuse_second_order
 from moetk.kernels.recipe import Recipe, Score, check_recipe
 from moetk.kernels.selection import gather, in_best_groups, largest, normalise, softmax_over
 
@@ -154,7 +154,7 @@ def _on_gpu(
 ) -> tuple[Tensor, Tensor]:
     from moetk.kernels.gpu.choose import choose_on_gpu
 
-    with torch.cuda.device_of(logits_TE):
+    with on_device_of(logits_TE):
         experts_TK, weights_TK = choose_on_gpu(
             logits_TE, bias_E, top_k, Recipe(*recipe), weight_dtype
         )
@@ -167,7 +167,7 @@ def _backward_on_gpu(
 ) -> Tensor:
     from moetk.kernels.gpu.choose import choose_backward_on_gpu
 
-    with torch.cuda.device_of(logits_TE):
+    with on_device_of(logits_TE):
         return choose_backward_on_gpu(dweights_TK, logits_TE, experts_TK, Recipe(*recipe))
 
 
@@ -189,6 +189,9 @@ def _(dweights_TK: Tensor, logits_TE: Tensor, experts_TK: Tensor, *recipe: Any) 
     return torch.empty_like(logits_TE, memory_format=torch.contiguous_format)
 
 
+_FIRST_ORDER = "the fused router", 'backend="reference", whose routers torch differentiates twice'
+
+
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     logits_TE, _, _, _, *ctx.recipe = inputs
     ctx.num_inputs = len(inputs)
@@ -197,6 +200,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 
 def _backward(ctx: Any, dweights_TK: Tensor | None, dexperts_TK: None) -> tuple[Tensor | None, ...]:
+    refuse_second_order(*_FIRST_ORDER)
     rest = (None,) * (ctx.num_inputs - 1)
     if dweights_TK is None:
         return None, *rest
@@ -217,8 +221,8 @@ class _Direct(torch.autograd.Function):
         return output
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dweights_TK: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+        refuse_second_order(*_FIRST_ORDER)
         rest = (None,) * (ctx.num_inputs - 1)
         if dweights_TK is None:
             return None, *rest

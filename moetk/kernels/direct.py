@@ -1,6 +1,8 @@
-"""Whether an operator's kernel may be called without going through torch's dispatcher."""
+"""Calling an operator's kernel without going through torch's dispatcher."""
 
 from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -19,3 +21,14 @@ def direct(tensor: Tensor) -> bool:
         and type(tensor) in (Tensor, torch.nn.Parameter)
         and torch._C._len_torch_dispatch_stack() == 0
     )
+
+
+_STAY = nullcontext()
+
+
+def on_device_of(tensor: Tensor) -> AbstractContextManager[object]:
+    """Kernels launched inside run where the tensor lies. Nothing is done, and nothing costs time,
+    where that is the current device already."""
+    if tensor.is_cuda and tensor.get_device() != torch._C._cuda_getDevice():
+        return torch.cuda.device_of(tensor)
+    return _STAY

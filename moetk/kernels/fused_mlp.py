@@ -19,10 +19,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from moetk.errors import BackendError
-from moetk.kernels.direct import direct
+from moetk.kernels.direct import direct, on_device_of
+from moetk.kernels.first_order import refuse_second_order
 from moetk.kernels.form import Form
 from moetk.kernels.gather_sum import gather_sum
 from moetk.kernels.grouped_mm import grouped_mm, grouped_outer
@@ -119,7 +119,7 @@ class _Direct(torch.autograd.Function):
 
         x_TH, weights_TK, up, down, up_bias, down_bias, plan, form, keep, ctx.adds = args
         tensors = (x_TH, weights_TK, up, down, up_bias, down_bias)
-        with torch.cuda.device_of(x_TH):
+        with on_device_of(x_TH):
             y_TH, h_NJ = mlp.forward(*tensors, plan, form, keep)
         if keep:
             ctx.save_for_backward(h_NJ, *tensors)
@@ -127,15 +127,15 @@ class _Direct(torch.autograd.Function):
         return y_TH
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dy_TH: Tensor) -> tuple[Tensor | None, ...]:
         from moetk.kernels.gpu import mlp
 
+        refuse_second_order(*_FIRST_ORDER)
         h_NJ, x_TH, weights_TK, up, down, up_bias, down_bias = ctx.saved_tensors
         tensors = (x_TH, weights_TK, up, down, up_bias, down_bias)
         wanted = ctx.needs_input_grad[:6]
         into = (addable(up), addable(down)) if ctx.adds else (None, None)
-        with torch.cuda.device_of(x_TH):
+        with on_device_of(x_TH):
             grads = mlp.backward(dy_TH, h_NJ, *tensors, ctx.plan, ctx.form, list(wanted), into)
         added = (None, None, *into, None, None)
         returned = [
@@ -145,125 +145,76 @@ class _Direct(torch.autograd.Function):
         return (*returned, None, None, None, None)
 
 
-@torch.library.custom_op("moetk::moe_mlp", mutates_args=())
-def moe_mlp(
-    x_TH: Tensor,
-    weights_TK: Tensor,
-    up: Tensor,
-    down: Tensor,
-    up_bias: Tensor | None,
-    down_bias: Tensor | None,
-    choice_N: Tensor,
-    source_N: Tensor,
-    slot_TK: Tensor,
-    offsets_E: Tensor,
-    act: str,
-    gated: bool,
-    interleaved: bool,
-    transposed: bool,
-    alpha: float,
-    limit: float,
-    keep: bool,
-) -> tuple[Tensor, Tensor]:
+# An operator's arguments are tensors, numbers and names: it takes plan and form field by field.
+_ARGS = (
+    "Tensor x_TH, Tensor weights_TK, Tensor up, Tensor down, Tensor? up_bias, Tensor? down_bias, "
+    "Tensor choice_N, Tensor source_N, Tensor slot_TK, Tensor offsets_E, "
+    "str act, bool gated, bool interleaved, bool transposed, float alpha, float limit"
+)
+_FIRST_ORDER = 'backend="fused"', 'backend="reference"'
+
+
+def _read(args: tuple[Any, ...]) -> tuple[tuple[Any, ...], SortPlan, Form]:
+    """What `_ARGS` names: x, weights, the matrices and their biases; the plan; the form."""
+    return args[:6], SortPlan(*args[6:10]), Form(*args[10:16])
+
+
+@torch.library.custom_op(
+    "moetk::moe_mlp", mutates_args=(), schema=f"({_ARGS}, bool keep) -> (Tensor, Tensor)"
+)
+def moe_mlp(*args: Any) -> tuple[Tensor, Tensor]:
     """y (T, H) and, with keep, the up product h (N, J) that backward needs, else (0, J).
 
     x, up, down and the biases share a dtype, which y and h have; weights_TK is floating, the plan
     (`SortPlan`) int32. Rows behind offsets_E[-1] belong to unused choices and are not computed.
     """
-    form = Form(act, gated, interleaved, transposed, alpha, limit)
-    num_rows = len(source_N)
-    h_NJ = grouped_mm(x_TH.index_select(0, source_N), form.columns(up), offsets_E)
+    (x_TH, weights_TK, up, down, up_bias, down_bias), plan, form = _read(args)
+    keep, offsets_E, num_rows = args[16], plan.offsets_E, len(plan.source_N)
+    h_NJ = grouped_mm(x_TH.index_select(0, plan.source_N), form.columns(up), offsets_E)
     if up_bias is not None:
         h_NJ = h_NJ + bias_rows(up_bias, offsets_E, num_rows)
     o_NH = grouped_mm(form.activate(h_NJ), form.columns(down), offsets_E)
     if down_bias is not None:
         o_NH = o_NH + bias_rows(down_bias, offsets_E, num_rows)
-    used_TK = SortPlan(choice_N, source_N, slot_TK, offsets_E).weights_of_used(weights_TK)
-    y_TH = gather_sum(o_NH, slot_TK, used_TK).to(x_TH.dtype)
+    y_TH = gather_sum(o_NH, plan.slot_TK, plan.weights_of_used(weights_TK)).to(x_TH.dtype)
     return y_TH, h_NJ if keep else h_NJ[:0].clone()
 
 
 @moe_mlp.register_kernel("cuda")
-def _(
-    x_TH: Tensor,
-    weights_TK: Tensor,
-    up: Tensor,
-    down: Tensor,
-    up_bias: Tensor | None,
-    down_bias: Tensor | None,
-    choice_N: Tensor,
-    source_N: Tensor,
-    slot_TK: Tensor,
-    offsets_E: Tensor,
-    act: str,
-    gated: bool,
-    interleaved: bool,
-    transposed: bool,
-    alpha: float,
-    limit: float,
-    keep: bool,
-) -> tuple[Tensor, Tensor]:
+def _(*args: Any) -> tuple[Tensor, Tensor]:
     from moetk.kernels.gpu import mlp
 
-    form = Form(act, gated, interleaved, transposed, alpha, limit)
-    plan = SortPlan(choice_N, source_N, slot_TK, offsets_E)
-    with torch.cuda.device_of(x_TH):
-        return mlp.forward(x_TH, weights_TK, up, down, up_bias, down_bias, plan, form, keep)
+    tensors, plan, form = _read(args)
+    with on_device_of(tensors[0]):
+        return mlp.forward(*tensors, plan, form, args[16])
 
 
 @moe_mlp.register_fake
-def _(
-    x_TH: Tensor,
-    weights_TK: Tensor,
-    up: Tensor,
-    down: Tensor,
-    up_bias: Tensor | None,
-    down_bias: Tensor | None,
-    choice_N: Tensor,
-    source_N: Tensor,
-    slot_TK: Tensor,
-    offsets_E: Tensor,
-    act: str,
-    gated: bool,
-    interleaved: bool,
-    transposed: bool,
-    alpha: float,
-    limit: float,
-    keep: bool,
-) -> tuple[Tensor, Tensor]:
-    up_width = up.shape[2] if transposed else up.shape[1]
-    return x_TH.new_empty(x_TH.shape), x_TH.new_empty(len(source_N) if keep else 0, up_width)
+def _(*args: Any) -> tuple[Tensor, Tensor]:
+    (x_TH, _, up, *_), plan, form = _read(args)
+    up_width = up.shape[2] if form.transposed else up.shape[1]
+    return x_TH.new_empty(x_TH.shape), x_TH.new_empty(
+        len(plan.source_N) if args[16] else 0, up_width
+    )
 
 
-@torch.library.custom_op("moetk::moe_mlp_backward", mutates_args=())
-def moe_mlp_backward(
-    dy_TH: Tensor,
-    h_NJ: Tensor,
-    x_TH: Tensor,
-    weights_TK: Tensor,
-    up: Tensor,
-    down: Tensor,
-    up_bias: Tensor | None,
-    down_bias: Tensor | None,
-    choice_N: Tensor,
-    source_N: Tensor,
-    slot_TK: Tensor,
-    offsets_E: Tensor,
-    act: str,
-    gated: bool,
-    interleaved: bool,
-    transposed: bool,
-    alpha: float,
-    limit: float,
-    need: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+_SIX = ", ".join(["Tensor"] * 6)
+
+
+@torch.library.custom_op(
+    "moetk::moe_mlp_backward",
+    mutates_args=(),
+    schema=f"(Tensor dy_TH, Tensor h_NJ, {_ARGS}, bool[] need) -> ({_SIX})",
+)
+def moe_mlp_backward(dy_TH: Tensor, h_NJ: Tensor, *args: Any) -> tuple[Tensor, ...]:
     """The gradients of x, weights, up, down, up_bias, down_bias, each in its tensor's dtype and
     shape; (0,) where `need` says that nobody wants it."""
-    form = Form(act, gated, interleaved, transposed, alpha, limit)
+    (x_TH, weights_TK, up, down, _, down_bias), plan, form = _read(args)
+    need, source_N, slot_TK, offsets_E = args[16], plan.source_N, plan.slot_TK, plan.offsets_E
     num_rows, empty = len(source_N), x_TH.new_empty(0)
     dx = dweights = dup = ddown = dup_bias = ddown_bias = empty
     dy_NH = dy_TH.index_select(0, source_N)
-    w_N = weights_TK.flatten().index_select(0, choice_N)
+    w_N = weights_TK.flatten().index_select(0, plan.choice_N)
     w_N = w_N.masked_fill(row_experts(offsets_E, num_rows) == len(offsets_E), 0)[:, None]
     a_NI = form.activate(h_NJ)
     da_NI = grouped_mm(dy_NH, form.columns(down).transpose(1, 2), offsets_E)
@@ -291,88 +242,41 @@ def moe_mlp_backward(
             dx_NH = grouped_mm(dh_NJ, form.columns(up).transpose(1, 2), offsets_E)
             dx = gather_sum(dx_NH, slot_TK, None)
     given = (dx, dweights, dup, ddown, dup_bias, ddown_bias)
-    outs = [grad if grad is not empty else empty.clone() for grad in given]
-    return outs[0], outs[1], outs[2], outs[3], outs[4], outs[5]
+    return tuple(grad if grad is not empty else empty.clone() for grad in given)
 
 
 @moe_mlp_backward.register_kernel("cuda")
-def _(
-    dy_TH: Tensor,
-    h_NJ: Tensor,
-    x_TH: Tensor,
-    weights_TK: Tensor,
-    up: Tensor,
-    down: Tensor,
-    up_bias: Tensor | None,
-    down_bias: Tensor | None,
-    choice_N: Tensor,
-    source_N: Tensor,
-    slot_TK: Tensor,
-    offsets_E: Tensor,
-    act: str,
-    gated: bool,
-    interleaved: bool,
-    transposed: bool,
-    alpha: float,
-    limit: float,
-    need: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _(dy_TH: Tensor, h_NJ: Tensor, *args: Any) -> tuple[Tensor, ...]:
     from moetk.kernels.gpu import mlp
 
-    form = Form(act, gated, interleaved, transposed, alpha, limit)
-    plan = SortPlan(choice_N, source_N, slot_TK, offsets_E)
-    with torch.cuda.device_of(x_TH):
-        grads = mlp.backward(
-            dy_TH, h_NJ, x_TH, weights_TK, up, down, up_bias, down_bias, plan, form, need
-        )
-    outs = [x_TH.new_empty(0) if grad is None else grad for grad in grads]
-    return outs[0], outs[1], outs[2], outs[3], outs[4], outs[5]
+    tensors, plan, form = _read(args)
+    with on_device_of(dy_TH):
+        grads = mlp.backward(dy_TH, h_NJ, *tensors, plan, form, args[16])
+    return tuple(dy_TH.new_empty(0) if grad is None else grad for grad in grads)
 
 
 @moe_mlp_backward.register_fake
-def _(
-    dy_TH: Tensor,
-    h_NJ: Tensor,
-    x_TH: Tensor,
-    weights_TK: Tensor,
-    up: Tensor,
-    down: Tensor,
-    up_bias: Tensor | None,
-    down_bias: Tensor | None,
-    choice_N: Tensor,
-    source_N: Tensor,
-    slot_TK: Tensor,
-    offsets_E: Tensor,
-    act: str,
-    gated: bool,
-    interleaved: bool,
-    transposed: bool,
-    alpha: float,
-    limit: float,
-    need: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    tensors = (x_TH, weights_TK, up, down, up_bias, down_bias)
-    outs = [
-        t.new_empty(t.shape) if t is not None and wanted else x_TH.new_empty(0)
-        for t, wanted in zip(tensors, need, strict=True)
-    ]
-    return outs[0], outs[1], outs[2], outs[3], outs[4], outs[5]
+def _(dy_TH: Tensor, h_NJ: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    return tuple(
+        t.new_empty(t.shape) if t is not None and wanted else dy_TH.new_empty(0)
+        for t, wanted in zip(args[:6], args[16], strict=True)
+    )
 
 
-def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.set_materialize_grads(False)  # else h gets a gradient of zeros, of its full size
-    *tensors, ctx.act, ctx.gated, ctx.interleaved, ctx.transposed, ctx.alpha, ctx.limit, _ = inputs
-    ctx.save_for_backward(output[1], *tensors)
+    ctx.save_for_backward(output[1], *inputs[:10])
+    ctx.form = inputs[10:16]
 
 
-def _backward(ctx, dy_TH, _):  # type: ignore[no-untyped-def]
+def _backward(ctx: Any, dy_TH: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    refuse_second_order(*_FIRST_ORDER)
     wanted = ctx.needs_input_grad[:6]
     if dy_TH is None or not any(wanted):
         return (None,) * 17
-    form = (ctx.act, ctx.gated, ctx.interleaved, ctx.transposed, ctx.alpha, ctx.limit)
-    grads = moe_mlp_backward(dy_TH, *ctx.saved_tensors, *form, list(wanted))
+    grads = moe_mlp_backward(dy_TH, *ctx.saved_tensors, *ctx.form, list(wanted))
     taken = [grad if want else None for grad, want in zip(grads, wanted, strict=True)]
     return (*taken, *(None,) * 11)
 
 
-moe_mlp.register_autograd(_backward, setup_context=_setup_context)
+moe_mlp.register_autograd(_backward, setup_context=_save)

@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moetk.errors import MoeShapeError
+from moetk.kernels.direct import direct, on_device_of
+from moetk.kernels.first_order import refuse_second_order
 
 
 def router_logits(
@@ -38,7 +40,7 @@ def router_logits(
     dtype = gemm_dtype or x_TH.dtype
     bias_E = None if bias_E is None else bias_E.to(dtype)
     if dtype == torch.float32 and x_TH.dtype == weight_EH.dtype == torch.bfloat16:
-        logits_TE: Tensor = _router_logits(x_TH, weight_EH)
+        logits_TE: Tensor = (_Direct.apply if direct(x_TH) else _router_logits)(x_TH, weight_EH)
         return logits_TE if bias_E is None else logits_TE + bias_E
     return F.linear(x_TH.to(dtype), weight_EH.to(dtype), bias_E)
 
@@ -62,18 +64,18 @@ def _router_logits_backward(
 
 
 @_router_logits.register_kernel("cuda")
-def _(x_TH: Tensor, weight_EH: Tensor) -> Tensor:
+def _on_gpu(x_TH: Tensor, weight_EH: Tensor) -> Tensor:
     return torch.mm(x_TH, weight_EH.t(), out_dtype=torch.float32)
 
 
 @_router_logits_backward.register_kernel("cuda")
-def _(
+def _backward_on_gpu(
     dlogits_TE: Tensor, x_TH: Tensor, weight_EH: Tensor, wants_x: bool, wants_weight: bool
 ) -> tuple[Tensor, Tensor]:
     from moetk.kernels.gpu.summands import two_summands
 
     dx_TH, dweight_EH = x_TH.new_empty(0), x_TH.new_empty(0)
-    with torch.cuda.device_of(x_TH):
+    with on_device_of(x_TH):
         both_T2E = two_summands(dlogits_TE, x_TH.dtype)
     if wants_x:  # one product over 2E: the summands meet in its fp32 accumulator
         dx_TH = torch.mm(both_T2E, torch.cat([weight_EH, weight_EH]))
@@ -101,12 +103,26 @@ def _save(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
 
-def _backward(ctx: Any, dlogits_TE: Tensor) -> tuple[Tensor | None, Tensor | None]:
+def _backward(
+    ctx: Any, dlogits_TE: Tensor, run: Any = _router_logits_backward
+) -> tuple[Tensor | None, Tensor | None]:
+    refuse_second_order("the fused router", 'backend="reference"')
     wants_x, wants_weight = ctx.needs_input_grad
-    dx_TH, dweight_EH = _router_logits_backward(
-        dlogits_TE, *ctx.saved_tensors, wants_x, wants_weight
-    )
+    dx_TH, dweight_EH = run(dlogits_TE, *ctx.saved_tensors, wants_x, wants_weight)
     return dx_TH if wants_x else None, dweight_EH if wants_weight else None
 
 
 _router_logits.register_autograd(_backward, setup_context=_save)
+
+
+class _Direct(torch.autograd.Function):
+    """The kernels of both ops, called as they are; see `direct`."""
+
+    @staticmethod
+    def forward(ctx: Any, x_TH: Tensor, weight_EH: Tensor) -> Tensor:
+        ctx.save_for_backward(x_TH, weight_EH)
+        return _on_gpu(x_TH, weight_EH)
+
+    @staticmethod
+    def backward(ctx: Any, dlogits_TE: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        return _backward(ctx, dlogits_TE, _backward_on_gpu)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moetk.kernels.direct import direct
+from moetk.kernels.direct import direct, on_device_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,7 +94,7 @@ def _sort_on_gpu(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     from moetk.kernels.gpu.plan import sort_on_gpu
 
-    with torch.cuda.device_of(experts_TK):
+    with on_device_of(experts_TK):
         return sort_on_gpu(experts_TK, kept_TK, num_experts)
 
 

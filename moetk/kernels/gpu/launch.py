@@ -8,7 +8,6 @@ decides is little, and is looked at here: dtypes, whether pointers are aligned, 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -45,7 +44,7 @@ def launch(
         # launched there; a descriptor cannot be made without one.
         torch.zeros(1, device=device)
         _thread.device = device
-    key = (id(kernel), device, warps, stages, constants, *map(_kind, args))
+    key = (id(kernel), device, warps, stages, constants, *_kinds(args))
     compiled = _compiled.get(key)
     if compiled is None:
         _compiled[key] = kernel[grid](*args, *constants, num_warps=warps, num_stages=stages)
@@ -89,24 +88,19 @@ def dense(tensor: Tensor) -> Tensor:
     return tensor.clone(memory_format=torch.contiguous_format)
 
 
-def _kind(arg: Any) -> Any:
-    """What Triton specialises code on, for one argument."""
-    look = _KINDS.get(type(arg))
-    if look is not None:
-        return look(arg)
-    return _of_tensor(arg) if isinstance(arg, Tensor) else type(arg)
-
-
-def _of_tensor(arg: Tensor) -> tuple[torch.dtype, bool]:
-    return arg.dtype, arg.data_ptr() % 16 == 0
-
-
-_KINDS: dict[type, Callable[[Any], Any]] = {
-    Tensor: _of_tensor,
-    torch.nn.Parameter: _of_tensor,
-    TensorDescriptor: lambda arg: (arg.base.dtype, *arg.block_shape),
-    int: lambda arg: (arg == 1, arg % 16 == 0, arg >= 2**31),
-}
+def _kinds(args: tuple[Any, ...]) -> list[Any]:
+    """What Triton specialises code on, for each argument. A descriptor's tile and the value of a
+    float are no part of it: the former is a constant of its kernel as well."""
+    return [
+        (arg.dtype, arg.data_ptr() % 16 == 0)
+        if (kind := type(arg)) is Tensor or kind is torch.nn.Parameter
+        else arg.base.dtype
+        if kind is TensorDescriptor
+        else (arg == 1, arg % 16 == 0, arg >= 2**31)
+        if kind is int
+        else kind
+        for arg in args
+    ]
 
 
 def divided(count: int, block: int) -> int:

@@ -1,5 +1,5 @@
-"""`moetk::sort_plan` on CUDA: a stable counting sort in three launches. What they compute is stated
-in torch by `sort_in_torch` in `moetk.kernels.sort_plan`.
+"""`moetk::sort_plan` on CUDA: a stable counting sort in three launches, in one for few choices.
+What they compute is stated in torch by `sort_in_torch` in `moetk.kernels.sort_plan`.
 
 Programs share no counter: each counts its own block, so that every run gives the same rows.
 
@@ -13,11 +13,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moetk.kernels.gpu.launch import divided, launch, power_of_two
+from moetk.kernels.gpu.launch import dense, divided, launch, power_of_two
 
 _BLOCK = 256  # choices of one program
 _PART = 32  # choices that a block is compared with at a time; with twice as many it spills
 _SCAN_BLOCKS, _SCAN_EXPERTS = 512, 8
+# Up to here every program counts all choices by itself: two launches less on the host, where a
+# small layer spends its time.
+_FEW = 4096
 
 
 @triton.jit
@@ -29,6 +32,28 @@ def _load_expert(experts_N, kept_N, choice, num_choices, E: tl.constexpr):
     if kept_N is not None:
         used = used & (tl.load(kept_N + choice, mask=inside, other=0) != 0)
     return tl.where(used, expert, E).to(tl.int32)
+
+
+@triton.jit
+def _ranks(
+    expert,
+    choice,
+    first,
+    experts_N,
+    kept_N,
+    num_choices,
+    E: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PART: tl.constexpr,
+):
+    """How many choices of the block name the same expert before each one."""
+    rank = tl.zeros((BLOCK,), tl.int32)
+    for start in range(0, BLOCK, PART):
+        other = first + start + tl.arange(0, PART)
+        other_expert = _load_expert(experts_N, kept_N, other, num_choices, E)
+        same = other_expert[None, :] == expert[:, None]
+        rank += tl.sum((same & (other[None, :] < choice[:, None])).to(tl.int32), 1)
+    return rank
 
 
 @triton.jit
@@ -47,13 +72,8 @@ def _count_kernel(
     block = tl.program_id(0)
     choice = block * BLOCK + tl.arange(0, BLOCK)
     expert = _load_expert(experts_N, kept_N, choice, num_choices, E)
-    rank = tl.zeros((BLOCK,), tl.int32)
-    for start in range(0, BLOCK, PART):
-        other = block * BLOCK + start + tl.arange(0, PART)
-        other_expert = _load_expert(experts_N, kept_N, other, num_choices, E)
-        same = other_expert[None, :] == expert[:, None]
-        before = other[None, :] < choice[:, None]
-        rank += tl.sum((same & before).to(tl.int32), 1)
+    first = block * BLOCK
+    rank = _ranks(expert, choice, first, experts_N, kept_N, num_choices, E, BLOCK, PART)
     tl.store(rank_N + choice, rank, mask=choice < num_choices)
     column = tl.arange(0, COLUMNS)
     count = tl.histogram(expert, COLUMNS, mask=expert < E)
@@ -62,9 +82,10 @@ def _count_kernel(
 
 @triton.jit
 def _scan_kernel(
-    counts_BE, counts_E, num_blocks, E: tl.constexpr, BLOCKS: tl.constexpr, EXPERTS: tl.constexpr
+    counts_BE, num_blocks, E: tl.constexpr, BLOCKS: tl.constexpr, EXPERTS: tl.constexpr
 ):
-    """In place, the counts of a block become those of the blocks before it; counts_E is of all."""
+    """In place, the counts of a block become those of the blocks before it. Behind the last block
+    stand those of all."""
     expert_X = tl.program_id(0) * EXPERTS + tl.arange(0, EXPERTS)
     total_X = tl.zeros((EXPERTS,), tl.int32)
     for start in range(0, num_blocks, BLOCKS):
@@ -75,15 +96,18 @@ def _scan_kernel(
         before_BX = total_X[None, :] + tl.cumsum(counts_BX, 0) - counts_BX
         tl.store(at_BX, before_BX, mask=inside_BX)
         total_X += tl.sum(counts_BX, 0)
+    counts_E = counts_BE + tl.cast(num_blocks, tl.int64) * E
     tl.store(counts_E + expert_X, total_X, mask=expert_X < E)
 
 
 @triton.jit
-def _place_kernel(
-    experts_N,
-    kept_N,
-    before_BE,
-    counts_E,
+def _put(
+    expert,
+    choice,
+    rank,
+    counts,
+    before,
+    block,
     choice_N,
     source_N,
     slot_N,
@@ -94,26 +118,109 @@ def _place_kernel(
     COLUMNS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """slot_N holds the ranks in their blocks and becomes the rows. COLUMNS: E, padded."""
-    block = tl.program_id(0)
-    choice = block * BLOCK + tl.arange(0, BLOCK)
+    """Write a block's rows; counts: of all choices, before: of those in the blocks before."""
     inside = choice < num_choices
-    column = tl.arange(0, COLUMNS)
-    counts = tl.load(counts_E + column, mask=column < E, other=0)
-    before = tl.load(before_BE + block.to(tl.int64) * E + column, mask=column < E, other=0)
     ends = tl.cumsum(counts, 0)
     first_used = ends - counts + before
     first_unused = tl.sum(counts, 0) + block * BLOCK - tl.sum(before, 0)
-
-    expert = _load_expert(experts_N, kept_N, choice, num_choices, E)
     first = tl.gather(first_used, tl.minimum(expert, E - 1), 0)
-    rank = tl.load(slot_N + choice, mask=inside, other=0)
     row = rank + tl.where(expert < E, first, first_unused)
     tl.store(slot_N + choice, row, mask=inside)
     tl.store(choice_N + row, choice, mask=inside)
     tl.store(source_N + row, choice // TOP_K, mask=inside)
     if block == 0:
+        column = tl.arange(0, COLUMNS)
         tl.store(offsets_E + column, ends, mask=column < E)
+
+
+@triton.jit
+def _place_kernel(
+    experts_N,
+    kept_N,
+    before_BE,
+    choice_N,
+    source_N,
+    slot_N,
+    offsets_E,
+    num_choices,
+    num_blocks,
+    TOP_K: tl.constexpr,
+    E: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """slot_N holds the ranks in their blocks and becomes the rows. COLUMNS: E, padded."""
+    block = tl.program_id(0)
+    choice = block * BLOCK + tl.arange(0, BLOCK)
+    column = tl.arange(0, COLUMNS)
+    of_all = before_BE + tl.cast(num_blocks, tl.int64) * E + column
+    counts = tl.load(of_all, mask=column < E, other=0)
+    before = tl.load(before_BE + block.to(tl.int64) * E + column, mask=column < E, other=0)
+    expert = _load_expert(experts_N, kept_N, choice, num_choices, E)
+    rank = tl.load(slot_N + choice, mask=choice < num_choices, other=0)
+    _put(
+        expert,
+        choice,
+        rank,
+        counts,
+        before,
+        block,
+        choice_N,
+        source_N,
+        slot_N,
+        offsets_E,
+        num_choices,
+        TOP_K,
+        E,
+        COLUMNS,
+        BLOCK,
+    )
+
+
+@triton.jit
+def _sort_few_kernel(
+    experts_N,
+    kept_N,
+    choice_N,
+    source_N,
+    slot_N,
+    offsets_E,
+    num_choices,
+    TOP_K: tl.constexpr,
+    E: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PART: tl.constexpr,
+    FEW: tl.constexpr,
+):
+    """All of it for one block, each counting all choices and those before it. FEW: N, padded."""
+    block = tl.program_id(0)
+    every = tl.arange(0, FEW)
+    all_experts = _load_expert(experts_N, kept_N, every, num_choices, E)
+    counts = tl.histogram(all_experts, COLUMNS, mask=all_experts < E)
+    earlier = (all_experts < E) & (every < block * BLOCK)
+    before = tl.histogram(all_experts, COLUMNS, mask=earlier)
+    choice = block * BLOCK + tl.arange(0, BLOCK)
+    expert = _load_expert(experts_N, kept_N, choice, num_choices, E)
+    first = block * BLOCK
+    rank = _ranks(expert, choice, first, experts_N, kept_N, num_choices, E, BLOCK, PART)
+    _put(
+        expert,
+        choice,
+        rank,
+        counts,
+        before,
+        block,
+        choice_N,
+        source_N,
+        slot_N,
+        offsets_E,
+        num_choices,
+        TOP_K,
+        E,
+        COLUMNS,
+        BLOCK,
+    )
 
 
 def sort_on_gpu(
@@ -127,64 +234,38 @@ def sort_on_gpu(
 
     choice_N, source_N = fresh(num_choices), fresh(num_choices)
     slot_TK, offsets_E = fresh(*experts_TK.shape), fresh(num_experts)
+    plan = choice_N, source_N, slot_TK, offsets_E
     if num_choices == 0:
-        return choice_N, source_N, slot_TK, offsets_E.zero_()
+        offsets_E.zero_()
+        return plan
+    experts_N = dense(experts_TK)
+    kept_N = None if kept_TK is None else dense(kept_TK)
     num_blocks = divided(num_choices, _BLOCK)
     columns = max(32, power_of_two(num_experts))  # a warp's width, for the histogram
-    counts_BE, counts_E = fresh(num_blocks, num_experts), fresh(num_experts)
-    experts_N = experts_TK.contiguous()
-    kept_N = None if kept_TK is None else kept_TK.contiguous()
+    sizes = experts_TK.shape[1], num_experts, columns, _BLOCK
+    if num_choices <= _FEW:
+        args = experts_N, kept_N, *plan, num_choices
+        few = max(_BLOCK, power_of_two(num_choices))
+        launch(_sort_few_kernel, (num_blocks,), args, (*sizes, _PART, few), warps=8)
+        return plan
+    counts_BE = fresh(num_blocks + 1, num_experts)
     launch(
         _count_kernel,
         (num_blocks,),
-        (
-            experts_N,
-            kept_N,
-            counts_BE,
-            slot_TK,
-            num_choices,
-        ),
-        (
-            num_experts,
-            columns,
-            _BLOCK,
-            _PART,
-        ),
+        (experts_N, kept_N, counts_BE, slot_TK, num_choices),
+        (num_experts, columns, _BLOCK, _PART),
         warps=8,
     )
     launch(
         _scan_kernel,
         (divided(num_experts, _SCAN_EXPERTS),),
-        (
-            counts_BE,
-            counts_E,
-            num_blocks,
-        ),
-        (
-            num_experts,
-            _SCAN_BLOCKS,
-            _SCAN_EXPERTS,
-        ),
+        (counts_BE, num_blocks),
+        (num_experts, _SCAN_BLOCKS, _SCAN_EXPERTS),
     )
     launch(
         _place_kernel,
         (num_blocks,),
-        (
-            experts_N,
-            kept_N,
-            counts_BE,
-            counts_E,
-            choice_N,
-            source_N,
-            slot_TK,
-            offsets_E,
-            num_choices,
-        ),
-        (
-            experts_TK.shape[1],
-            num_experts,
-            columns,
-            _BLOCK,
-        ),
+        (experts_N, kept_N, counts_BE, *plan, num_choices, num_blocks),
+        sizes,
     )
-    return choice_N, source_N, slot_TK, offsets_E
+    return plan

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moetk.kernels.direct import on_device_of
 from moetk.kernels.gpu.launch import launch
 
 
@@ -26,5 +27,5 @@ def launch_there(
     if torch.compiler.is_compiling():
         kernel[grid](*args, *constants, num_warps=warps)
         return
-    with torch.cuda.device_of(sample):
+    with on_device_of(sample):
         launch(kernel, grid, args, constants, warps=warps)

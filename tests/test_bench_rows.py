@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import math
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +13,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rich.console import Console
 
 from moetk.bench.ceilings import COPY, DENSE, ceilings
-from moetk.bench.figures import against_tokens, roofline, write_figures
+from moetk.bench.figures import _looks, against_tokens, roofline, write_figures
 from moetk.bench.meter import HostMeter, meter_for, spread
-from moetk.bench.profile import largest_kernels
-from moetk.bench.report import kernel_rows, ratios
+from moetk.bench.profile import Kernel, Profile, gaps, largest_kernels
+from moetk.bench.report import kernel_rows, kernel_table, ratios
 from moetk.bench.rows import COLUMNS, Row, World, append_rows, read_rows
 from moetk.bench.shapes import LAYERS, LayerShape, config_changes, dtype_named, layer_shape
 from moetk.bench.tune import load_tuner, tune, write_choices
@@ -56,13 +57,15 @@ def test_rows_carry_their_world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     path = tmp_path / "new" / "layer.csv"
     rows = [
         Row("layer forward", "v5", "T=4", 1.5, "ms", 1.25, 1.75),
-        Row("layer forward", "liger", "T=4", None, "ms", note="error: no\nmodule, here"),
+        Row(
+            "layer forward", "liger", "T=4", None, "ms", None, None, "error: no\nmodule", "captured"
+        ),
     ]
     append_rows(path, rows[:1], World.here(METER, "moetk bench", 3))
     append_rows(path, rows[1:], World.here(METER, "moetk bench", 3))
     assert read_rows(path) == [
         rows[0],
-        Row(*list(vars(rows[1]).values())[:-1], "error: no module, here"),
+        replace(rows[1], note="error: no module"),
     ]
     with path.open(newline="") as stream:
         lines = list(csv.DictReader(stream))
@@ -187,12 +190,52 @@ def test_a_tuner_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_largest_kernels() -> None:
     a = torch.randn(64, 64)
-    kernels = largest_kernels(lambda: (a @ a).sin(), METER)
+    found = largest_kernels(lambda: (a @ a).sin(), METER)
+    kernels = list(found.kernels)
     assert {"aten::mm", "aten::sin"} <= {kernel.name for kernel in kernels}
     assert math.isclose(sum(kernel.share for kernel in kernels), 1, abs_tol=1e-6)
+    assert math.isclose(sum(kernel.milliseconds for kernel in kernels), found.total)
     assert kernels == sorted(kernels, key=lambda kernel: -kernel.milliseconds)
-    row = kernel_rows(kernels, "v5", "T=4")[0]
-    assert row.what == "kernel" and kernels[0].name in row.note
+    assert 0 <= found.idle < found.span
+    few = largest_kernels(lambda: (a @ a).sin(), METER, count=1)
+    assert len(few.kernels) == 1 and few.total > few.kernels[0].milliseconds
+
+
+def test_an_annotation_is_no_kernel() -> None:
+    """torch wraps an optimizer's step in one; counted, its kernels would count twice."""
+    a = torch.randn(64, 64)
+
+    def call() -> None:
+        with torch.profiler.record_function("Optimizer.step#Mine"):
+            a @ a
+
+    assert not any("Mine" in kernel.name for kernel in largest_kernels(call, METER).kernels)
+
+
+def test_gaps() -> None:
+    assert gaps([]) == (0, 0)
+    assert gaps([(1, 2)]) == (1, 0)
+    # One inside another, two that overlap, two that touch, out of order, and one gap of 3.
+    assert gaps([(10, 12), (0, 4), (1, 2), (3, 6), (6, 7)]) == (12, 3)
+
+
+def test_a_profile_in_rows_and_in_a_table() -> None:
+    kernels = [Kernel("a[0]", 2, 3.0, 0.3), Kernel("b", 1, 2.0, 0.2)]
+    found = Profile(kernels, total=10.0, span=12.0, idle=2.5)
+    rows = kernel_rows(found, "v5", "T=4", "captured")
+    assert [(row.what, row.value, row.unit) for row in rows] == [
+        ("kernel", 3, "ms"), ("kernel", 2, "ms"), ("kernels in all", 10, "ms"),
+        ("device idle", 2.5, "ms"),
+    ]  # fmt: skip
+    assert rows[0].note == "30.0%, 2 calls: a[0]" and "of 12 ms from the first" in rows[3].note
+    assert {row.launch for row in rows} == {"captured"}
+    console = Console(width=120)
+    with console.capture() as captured:
+        console.print(kernel_table(found, "v5"))
+    lines = [" ".join(line.split()) for line in captured.get().splitlines()]
+    assert "3.00 30.0% 2 a[0]" in lines
+    assert "5.00 50.0% these 2" in lines and "10.00 100.0% all kernels" in lines
+    assert "2.50 idle: of these, when none ran" in lines
 
 
 def test_ceilings_of_a_cpu() -> None:
@@ -220,5 +263,11 @@ def test_figures(tmp_path: Path) -> None:
     written = write_figures(tmp_path / "new", rows, [SHAPE])
     assert [path.name for path in written] == ["tokens_own_balanced_fresh.png", "roofline.png"]
     assert all(path.read_bytes().startswith(PNG) for path in written)
+    looks = _looks([*rows, replace(rows[0], launch="captured")])
+    assert looks["a", "captured"]["label"] == "a, captured" and looks["a", "eager"]["label"] == "a"
+    mine, other = looks["a", "captured"], looks["a", "eager"]
+    assert mine["color"] == other["color"] and mine["ls"] != other["ls"]
+    many = _looks([layer_row(both, str(n), 64, 1.0) for n in range(21)]).values()
+    assert len({(look["color"], look["marker"]) for look in many}) == 21
     assert roofline(rows, []) is None  # none of the layers is known
     assert write_figures(tmp_path / "none", [rows[5]], [SHAPE]) == []  # only an error

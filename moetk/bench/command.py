@@ -46,6 +46,12 @@ def layer(
     seed: Seed = 0,
     device: Device = None,
     out: Out = OUT,
+    one_thread: Annotated[
+        bool, typer.Option("--one-thread", help="Also with backward in the calling thread.")
+    ] = False,
+    captured: Annotated[
+        bool, typer.Option("--captured", help="Also replayed from a CUDA graph: no host's time.")
+    ] = False,
     figures: Annotated[
         bool, typer.Option("--figures", help="Also draw time, memory and roofline.")
     ] = False,
@@ -58,6 +64,7 @@ def layer(
     from moetk.bench.ceilings import ceilings
     from moetk.bench.contenders import contenders_here, contenders_named
     from moetk.bench.figures import write_figures
+    from moetk.bench.launch import launches
     from moetk.bench.layer import layer_cases, measure_layer, profile_layer
     from moetk.bench.meter import meter_for
     from moetk.bench.report import kernel_rows, kernel_table, layer_rows, layer_table
@@ -66,10 +73,12 @@ def layer(
 
     console, meter, kind = _console(), meter_for(device), dtype_named(dtype)
     world = World.here(meter, _command(), seed)
-    cases = layer_cases(shapes, tokens, routing, grads, kind, seed)
     if tune is not None:
+        cases = layer_cases(shapes, tokens, routing, grads, kind, seed)
         _tune(tune, cases, rounds, world, out / "tiles.csv", console)
         return
+    ways = launches(meter.device, one_thread=one_thread, captured=captured)
+    cases = layer_cases(shapes, tokens, routing, grads, kind, seed, ways)
     wanted = contenders_named(contenders) if contenders else contenders_here(meter.device, kind)
     path, rows, wrong = out / "layer.csv", [], False
     if figures:
@@ -83,8 +92,8 @@ def layer(
         for result, contender in zip(report.results, wanted, strict=True):
             if profile and result.error is None:
                 kernels = profile_layer(case, contender, meter)
-                found += kernel_rows(kernels, contender.name, case.words())
-                console.print(kernel_table(kernels, contender.name))
+                found += kernel_rows(kernels, contender.name, case.words(), case.launch.name)
+                console.print(kernel_table(kernels, f"{contender.name}, {case.launch.name}"))
         append_rows(path, found, world)
         rows += found
     if figures:
@@ -127,12 +136,12 @@ def step(
     )
     from moetk.bench.rows import World, append_rows
     from moetk.bench.shapes import ModelShape, config_changes, dtype_named
-    from moetk.bench.step import measure_steps, profile_step, step_contenders_named
+    from moetk.bench.step import ATTENTION, measure_steps, profile_step, step_contenders_named
 
     console, meter, kind = _console(), meter_for(device), dtype_named(dtype)
     world = World.here(meter, _command(), seed)
     shape = ModelShape(layers, batch, length, config_changes(model))
-    words = f"{shape.words()} dtype={dtype}"
+    words = f"{shape.words()} dtype={dtype} attention={ATTENTION} backend={backend}"
     path = out / "step.csv"
     if loss_curves is not None:
         wanted = step_contenders_named(contenders or "v5,moetk-step", backend)

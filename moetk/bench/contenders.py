@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from moetk.bench.peers import PEERS
 from moetk.bench.shapes import LayerShape
@@ -22,10 +22,12 @@ STOCK = "v5"
 @dataclass(frozen=True)
 class Contender:
     """`build` makes the layer, (1, T, H) to (1, T, H), with a copy of the given model's weights:
-    a transformers model whose only decoder layer holds the block."""
+    a transformers model whose only decoder layer holds the block. operands: the format that its
+    products read, where that is narrower than the weights' dtype; its errors are judged by it."""
 
     name: str
     build: Callable[[Any], nn.Module]
+    operands: torch.dtype | None = None
 
 
 def stock_model(shape: LayerShape, device: torch.device, dtype: torch.dtype, seed: int) -> Any:
@@ -92,6 +94,28 @@ def ours(backend: str, add_to_grad: bool = False) -> Contender:
     return Contender(f"moetk-{backend}{'-adds' if add_to_grad else ''}", build)
 
 
+def in_fp8(name: str, recipe: str) -> Contender:
+    """`ours("te")` within Transformer Engine's autocast, by a recipe of this name. Its forward
+    operands are e4m3, which the errors are judged by."""
+
+    def build(model: Any) -> nn.Module:
+        import transformer_engine.pytorch as te
+        from transformer_engine.common import recipe as recipes
+
+        block = ours("te").build(model)
+        forward, made = block.forward, getattr(recipes, recipe)()
+
+        def within(x: Tensor) -> Tensor:
+            with te.autocast(enabled=True, recipe=made):
+                y: Tensor = forward(x)
+            return y
+
+        vars(block)["forward"] = within  # by instance: its parameters keep their names
+        return block
+
+    return Contender(name, build, torch.float8_e4m3fn)
+
+
 def peer(name: str) -> Contender:
     """Another library's layer, by its name in PEERS."""
     return Contender(name, lambda model: PEERS[name](block_of(model)))
@@ -104,6 +128,9 @@ def contenders() -> dict[str, Contender]:
         stock("eager"),
         *(ours(name) for name in ("auto", *(backend.name for backend in backends()))),
         ours("fused", add_to_grad=True),
+        ours("te", add_to_grad=True),
+        in_fp8("moetk-te-fp8", "Float8CurrentScaling"),
+        in_fp8("moetk-te-fp8-block", "Float8BlockScaling"),
         *(peer(name) for name in PEERS),
     ]
     return {contender.name: contender for contender in everyone}

@@ -42,7 +42,7 @@ def loss_curve(
     """The loss of each step. The seed draws the weights; the tokens are the same for every seed,
     so that the range of seeds is one of models and not of batches."""
     losses = []
-    with training(shape, contender, meter, dtype=dtype, seed=seed, rate=RATE) as (run, _):
+    with training(shape, contender, meter, dtype=dtype, seed=seed, rate=RATE) as run:
         generator = torch.Generator().manual_seed(0)
         for _ in range(steps):
             token_ids = learnable_tokens(shape, run.model.config.vocab_size, generator)

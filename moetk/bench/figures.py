@@ -3,9 +3,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from moetk.bench.ceilings import COPY, DENSE
 from moetk.bench.report import BOTH, PEAK
@@ -16,8 +16,11 @@ from moetk.look import COLOURS, QUIET, drawing, encoded
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+# Line and filling of what is not launched eagerly.
+NOT_EAGER = {"one-thread": (":", "left"), "captured": ("--", "none")}
 PANELS = ((BOTH, "forward + backward (ms)"), (PEAK, "peak over parameters and gradients (MiB)"))
 
 
@@ -30,14 +33,12 @@ def against_tokens(rows: Sequence[Row]) -> dict[str, bytes]:
         panels = [(what, label) for what, label in PANELS if any(r.what == what for r in mine)]
         if not panels:
             continue
-        with drawing(5.4 * len(panels), 4.0) as figure:
-            for axes, (what, label) in zip(
-                figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True
-            ):
+        with drawing(5.4 * len(panels), 4.4) as figure:
+            every = figure.subplots(1, len(panels), squeeze=False)[0]
+            for axes, (what, label) in zip(every, panels, strict=True):
                 _lines(axes, [row for row in mine if row.what == what])
                 axes.set_ylabel(label)
-            handles, names = axes.get_legend_handles_labels()
-            figure.legend(handles, names, loc="outside right center")
+            _legend(figure, every)
             layer, routing, grads = case
             figure.suptitle(f"{layer}, {routing} routing, gradients: {grads}")
             found[f"tokens_{layer}_{routing}_{grads}.png"] = encoded(figure, "png")
@@ -45,8 +46,8 @@ def against_tokens(rows: Sequence[Row]) -> dict[str, bytes]:
 
 
 def roofline(rows: Sequence[Row], shapes: Sequence[LayerShape]) -> bytes | None:
-    """TFLOP/s over FLOP per byte of the least traffic, for every contender's balanced layers, under
-    the measured ceilings. None where a ceiling or every layer is missing."""
+    """TFLOP/s over FLOP per byte of the least traffic, for every contender's balanced layers, a
+    panel for each, under the measured ceilings. None where a ceiling or every layer is missing."""
     known = {shape.name: shape for shape in shapes}
     ceiling = {row.what: row.value for row in rows if row.what in (DENSE, COPY)}
     timed = [row for row in rows if row.what == BOTH and row.value and _case(row)[1] == "balanced"]
@@ -54,21 +55,32 @@ def roofline(rows: Sequence[Row], shapes: Sequence[LayerShape]) -> bytes | None:
     dense, copy = ceiling.get(DENSE), ceiling.get(COPY)
     if not (dense and copy and timed):
         return None
-    with drawing(7.6, 4.6) as figure:
-        axes = figure.subplots()
-        points = [(row, *_point(row, known)) for row in timed]
-        edge = dense / copy
-        ends = [point[1] for point in points]
-        low, high = min(*ends, edge) / 2, max(*ends, edge) * 2
-        axes.plot([low, edge, high], [low * copy, dense, dense], color=QUIET, lw=1.9)
-        for name, colour, marker in _looks(timed):
-            mine = [(x, y) for row, x, y in points if row.who == name]
-            across, up = [x for x, _ in mine], [y for _, y in mine]
-            axes.scatter(across, up, s=44, color=colour, marker=marker, label=name)
-        _doubling(axes, "xy")
-        axes.set_xlabel("FLOP per byte, least traffic")
-        axes.set_ylabel("TFLOP/s, forward + backward")
-        figure.legend(*axes.get_legend_handles_labels(), loc="outside right center")
+    points = [(row, *_point(row, known)) for row in timed]
+    ends = [across for _, across, _ in points]
+    edge = dense / copy
+    line = [min(*ends, edge) / 2, edge, max(*ends, edge) * 2]
+    layers = list(dict.fromkeys(_case(row)[0] for row in timed))
+    with drawing(2.4 + 3.4 * len(layers), 4.6) as figure:
+        every = figure.subplots(1, len(layers), squeeze=False, sharex=True, sharey=True)[0]
+        for axes, layer in zip(every, layers, strict=True):
+            axes.plot(line, [line[0] * copy, dense, dense], color=QUIET, lw=1.9)
+            mine = [point for point in points if _case(point[0])[0] == layer]
+            for who, look in _looks(timed).items():
+                held = [(across, up) for row, across, up in mine if _who(row) == who]
+                axes.plot(*([*zip(*held, strict=True)] or ([], [])), **{**look, "ls": "", "ms": 7})
+            for across, tokens in {x: parse_words(row.shape)["T"] for row, x, _ in mine}.items():
+                beside = {"textcoords": "offset points", "xytext": (6, 4), "rotation": 90}
+                foot = (across, 0)
+                within = ("data", "axes fraction")
+                axes.annotate(f"T={tokens}", foot, xycoords=within, fontsize=8, **beside)
+            _doubling(axes, "xy")
+            axes.set_title(layer)
+        every[0].set_ylabel("TFLOP/s, forward + backward")
+        figure.supxlabel(
+            f"FLOP per byte, least traffic (ceilings here: {dense:.3g} TFLOP/s, {copy:.3g} TB/s)",
+            fontsize=11,
+        )
+        _legend(figure, every)
         return encoded(figure, "png")
 
 
@@ -85,31 +97,67 @@ def write_figures(folder: Path, rows: Sequence[Row], shapes: Sequence[LayerShape
 
 
 def _lines(axes: Axes, rows: Sequence[Row]) -> None:
-    for name, colour, marker in _looks(rows):
-        mine = [(int(parse_words(row.shape)["T"]), row) for row in rows if row.who == name]
+    for who, look in _looks(rows).items():
+        mine = [(int(parse_words(row.shape)["T"]), row) for row in rows if _who(row) == who]
         mine.sort(key=lambda entry: entry[0])
         across, values = [tokens for tokens, _ in mine], [row.value or 0.0 for _, row in mine]
-        axes.plot(across, values, color=colour, marker=marker, ms=5, lw=1.6, label=name)
+        axes.plot(across, values, **look)
         if all(row.p20 is not None for _, row in mine):
             low = [row.p20 or 0.0 for _, row in mine]
             high = [row.p80 or 0.0 for _, row in mine]
-            axes.fill_between(across, low, high, color=colour, alpha=0.18, lw=0)
-    _doubling(axes, "x")
-    axes.set_ylim(bottom=0)
+            axes.fill_between(across, low, high, color=look["color"], alpha=0.18, lw=0)
+    low, high = axes.dataLim.intervaly
+    if high > 4 * low:
+        _doubling(axes, "xy")
+    else:  # a logarithmic axis would have one number, or none
+        _doubling(axes, "x")
+        axes.set_ylim(bottom=0)
     axes.set_xlabel("tokens T")
+
+
+def _legend(figure: Figure, every: Iterable[Axes]) -> None:
+    """One for all panels: not everyone is in each."""
+    found: dict[str, Any] = {}
+    for axes in every:
+        handles, names = axes.get_legend_handles_labels()
+        found |= dict(zip(names, handles, strict=True))
+    figure.legend(found.values(), found.keys(), loc="outside right center")
 
 
 def _doubling(axes: Axes, which: str) -> None:
     """Powers of two, written as plain numbers."""
     for letter in which:
         getattr(axes, f"set_{letter}scale")("log", base=2)
-        getattr(axes, f"{letter}axis").set_major_formatter("{x:g}")
+        getattr(axes, f"{letter}axis").set_major_formatter(lambda at, _: _plain(at))
 
 
-def _looks(rows: Sequence[Row]) -> Iterator[tuple[str, str, str]]:
-    names = dict.fromkeys(row.who for row in rows)
-    for index, name in enumerate(names):
-        yield name, COLOURS[index % len(COLOURS)], MARKERS[index % len(MARKERS)]
+def _plain(number: float) -> str:
+    return f"{number:g}" if number >= 1 else f"{number:.2g}"
+
+
+def _who(row: Row) -> tuple[str, str]:
+    return row.who, row.launch
+
+
+def _looks(rows: Sequence[Row]) -> dict[tuple[str, str], dict[str, Any]]:
+    """matplotlib's words for each contender and launch: a contender keeps its colour and marker;
+    the marker's filling and the line tell the launch."""
+    names = list(dict.fromkeys(row.who for row in rows))
+    found: dict[tuple[str, str], dict[str, Any]] = {}
+    for who, launch in dict.fromkeys(map(_who, rows)):
+        index = names.index(who)
+        line, filling = NOT_EAGER.get(launch, ("-", "full"))
+        found[who, launch] = {
+            "color": COLOURS[index % len(COLOURS)],
+            # After a round of colours the markers have moved on by one: no two are the same twice.
+            "marker": MARKERS[(index + index // len(COLOURS)) % len(MARKERS)],
+            "fillstyle": filling,
+            "ls": line,
+            "ms": 5,
+            "lw": 1.6,
+            "label": f"{who}, {launch}" if launch in NOT_EAGER else who,
+        }
+    return found
 
 
 def _cases(rows: Sequence[Row]) -> list[tuple[str, str, str]]:

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from moetk.bench.agreement import Truth, errors_of, truth_that_fits, verdict
 from moetk.bench.contenders import Contender, block_of, stock_model
+from moetk.bench.launch import EAGER, Launch, Step, nothing
 from moetk.bench.loads import choice_rates, load_named
 from moetk.bench.meter import Meter, Phases
-from moetk.bench.profile import Kernel, largest_kernels
+from moetk.bench.profile import Profile, largest_kernels
 from moetk.bench.race import WARM_UP, Racer, race, told
 from moetk.bench.shapes import LayerShape, layer_shape
 from moetk.errors import ConfigError
@@ -26,7 +27,8 @@ GRADS = ("accumulate", "fresh")
 @dataclass(frozen=True)
 class LayerCase:
     """What is measured. routing: a name of LOADS. grads: "accumulate", the gradients of the step
-    before stay and backward adds to them; "fresh", they are None and backward makes them."""
+    before stay and backward adds to them; "fresh", they are None and backward makes them. launch:
+    how every contender gets to the device."""
 
     shape: LayerShape
     tokens: int
@@ -34,6 +36,7 @@ class LayerCase:
     grads: str = "accumulate"
     dtype: torch.dtype = torch.bfloat16
     seed: int = 0
+    launch: Launch = EAGER
 
     def words(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
@@ -44,9 +47,16 @@ class LayerCase:
 
 
 def layer_cases(
-    shapes: str, tokens: str, routing: str, grads: str, dtype: torch.dtype, seed: int
+    shapes: str,
+    tokens: str,
+    routing: str,
+    grads: str,
+    dtype: torch.dtype,
+    seed: int,
+    launches: Sequence[Launch] = (EAGER,),
 ) -> list[LayerCase]:
-    """Every combination of comma-separated words. Raises ConfigError for one that is unknown."""
+    """Every combination of comma-separated words and launches. Raises ConfigError for an unknown
+    word."""
     for word in grads.split(","):
         if word not in GRADS:
             raise ConfigError(f"grads {word!r} is not one of {', '.join(GRADS)}.")
@@ -55,11 +65,11 @@ def layer_cases(
             raise ConfigError(f"tokens {word!r} is no number of tokens: 1 or more.")
     for word in routing.split(","):
         load_named(word)
+    words = product(*(each.split(",") for each in (shapes, routing, grads, tokens)))
     return [
-        LayerCase(layer_shape(shape), int(count), load, grad, dtype, seed)
-        for shape, load, grad, count in product(
-            *(words.split(",") for words in (shapes, routing, grads, tokens))
-        )
+        LayerCase(layer_shape(shape), int(count), load, grad, dtype, seed, launch)
+        for shape, load, grad, count in words
+        for launch in launches
     ]
 
 
@@ -95,25 +105,32 @@ class LayerReport:
 
 @dataclass(eq=False)
 class _Entry:
-    """A contender's layer with its own leaf of the shared tokens."""
+    """A contender's layer with its own leaf of the shared tokens, and its two steps in the way
+    they are launched."""
 
+    contender: Contender
     result: LayerResult
     layer: nn.Module
     x: Tensor
     dy: Tensor
+    forward: Step = field(init=False)
+    both: Step = field(init=False)
 
-    def forward(self) -> Tensor:
-        y: Tensor = self.layer(self.x)
+    def make_ready(self, grads: str, launch: Launch) -> None:
+        self.forward = launch.ready(Step(self._inference))
+        self.both = launch.ready(Step(self._both, self._drop if grads == "fresh" else nothing))
+
+    def _inference(self) -> Tensor:
+        with torch.no_grad():
+            y: Tensor = self.layer(self.x)
         return y
 
-    def inference(self) -> None:
-        with torch.no_grad():
-            self.layer(self.x)
+    def _both(self) -> Tensor:
+        y: Tensor = self.layer(self.x)
+        y.backward(self.dy)
+        return y.detach()
 
-    def both(self) -> None:
-        self.forward().backward(self.dy)
-
-    def drop_gradients(self) -> None:
+    def _drop(self) -> None:
         self.layer.zero_grad(set_to_none=True)
         self.x.grad = None
 
@@ -139,24 +156,27 @@ def measure_layer(
         layer = _guarded(result, partial(contender.build, model), meter)
         if layer is not None:
             x = x_TH.detach()[None].requires_grad_()
-            entries.append(_Entry(result, layer.train(), x, dy_TH[None]))
-    truth = _check(case, entries, block, x_TH, dy_TH, meter)
+            entries.append(_Entry(contender, result, layer.train(), x, dy_TH[None]))
+    truth = truth_that_fits(block, x_TH, dy_TH, meter)
+    _check(case, entries, truth, meter)
     checked, border_share = len(truth.rows_T), truth.border_share
     del model, block, truth
     meter.release()
-    _time(case, entries, rounds, meter)
-    if meter.has_memory:
+    _time(entries, rounds, meter)
+    if meter.has_memory and case.launch.allocates:
         for entry in entries:
             if entry.result.error is None:
-                _guarded(entry.result, partial(_memory, case, entry, meter), meter)
+                _guarded(entry.result, partial(_memory, entry, meter), meter)
     return LayerReport(case, results, rates_E, checked, border_share)
 
 
-def profile_layer(case: LayerCase, contender: Contender, meter: Meter) -> list[Kernel]:
+def profile_layer(case: LayerCase, contender: Contender, meter: Meter) -> Profile:
     """The largest kernels of one warm forward and backward."""
     model, x_TH, dy_TH = _inputs(case, meter.device)
     layer = contender.build(model).train()
-    entry = _Entry(LayerResult(contender.name), layer, x_TH[None].requires_grad_(), dy_TH[None])
+    x, result = x_TH[None].requires_grad_(), LayerResult(contender.name)
+    entry = _Entry(contender, result, layer, x, dy_TH[None])
+    entry.make_ready(case.grads, case.launch)
     for _ in range(WARM_UP):
         entry.both()
     return largest_kernels(entry.both, meter)
@@ -179,55 +199,53 @@ def _inputs(case: LayerCase, device: torch.device) -> tuple[Any, Tensor, Tensor]
     return model, x_TH, dy_TH
 
 
-def _check(
-    case: LayerCase,
-    entries: Sequence[_Entry],
-    block: Any,
-    x_TH: Tensor,
-    dy_TH: Tensor,
-    meter: Meter,
-) -> Truth:
-    truth = truth_that_fits(block, x_TH, dy_TH, meter)
-    x_TH, dy_TH = x_TH[: len(truth.rows_T)], dy_TH[: len(truth.rows_T)]
+def _check(case: LayerCase, entries: Sequence[_Entry], truth: Truth, meter: Meter) -> None:
+    """Errors and verdicts of the very steps that will be timed."""
+
+    def errors(entry: _Entry, launch: Launch) -> dict[str, float]:
+        entry.make_ready(case.grads, launch)
+        return errors_of(entry.layer, entry.x, entry.dy, entry.both.call, truth)
+
     for entry in entries:
-        check = partial(errors_of, entry.layer, x_TH, dy_TH, truth)
-        errors = _guarded(entry.result, check, meter)
-        entry.result.errors = errors or {}
-    baseline = entries[0].result.errors if entries else {}
-    longest = max(case.shape.hidden_size, case.shape.intermediate_size, len(x_TH))
+        call = partial(errors, entry, case.launch)
+        entry.result.errors = _guarded(entry.result, call, meter) or {}
+    first, *_ = entries
+    baseline = first.result.errors
+    if not baseline:  # it cannot be launched this way; the others are held to what it computes
+        aside = LayerResult(first.result.name)
+        baseline = _guarded(aside, partial(errors, first, EAGER), meter)
+    shape, dtype = case.shape, case.dtype
+    longest = max(shape.hidden_size, shape.intermediate_size, len(truth.rows_T))
     for entry in entries:
-        if baseline and entry.result.errors:
-            entry.result.wrong = verdict(entry.result.errors, baseline, case.dtype, longest)
-    return truth
+        mine, operands = entry.result.errors, entry.contender.operands
+        if mine and baseline:
+            entry.result.wrong = verdict(mine, baseline, dtype, longest, operands)
+        elif mine:
+            entry.result.wrong = f"WRONG or not: {first.result.name} failed, nothing to hold it to"
 
 
-def _time(case: LayerCase, entries: Sequence[_Entry], rounds: int, meter: Meter) -> None:
-    def nothing() -> None:
-        pass
-
+def _time(entries: Sequence[_Entry], rounds: int, meter: Meter) -> None:
     alive = [entry for entry in entries if entry.result.error is None]
-    forward = [Racer(e.result.name, e.inference, nothing) for e in alive]
+    forward = [Racer(e.result.name, e.forward.call, e.forward.before) for e in alive]
     race(forward, rounds, meter)
-    fresh = case.grads == "fresh"
-    both = [Racer(e.result.name, e.both, e.drop_gradients if fresh else nothing) for e in alive]
+    both = [Racer(e.result.name, e.both.call, e.both.before) for e in alive]
     race(both, rounds, meter)
     for entry, one, two in zip(alive, forward, both, strict=True):
         entry.result.forward, entry.result.both = one.times, two.times
         entry.result.error = one.error or two.error
 
 
-def _memory(case: LayerCase, entry: _Entry, meter: Meter) -> None:
+def _memory(entry: _Entry, meter: Meter) -> None:
     """Saved and peak bytes of one more step. Gradients count as lying there before it, whether
     the step adds to them or makes them."""
-    if case.grads == "fresh":
-        entry.drop_gradients()
+    entry.both.before()
     meter.synchronize()
     meter.release()
     before = meter.allocated()
     missing = sum(leaf.nbytes for leaf in entry.leaves() if leaf.grad is None)
     phases = Phases(meter)
     phases.enter("forward")
-    y = entry.forward()
+    y = entry.layer(entry.x)
     meter.synchronize()
     entry.result.saved = meter.allocated() - before
     phases.enter("backward")

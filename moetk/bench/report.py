@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from rich.markup import escape
 from rich.table import Table
@@ -10,7 +11,7 @@ from rich.table import Table
 from moetk.bench.curves import CurveReport
 from moetk.bench.layer import LayerReport, LayerResult
 from moetk.bench.meter import Spread, spread
-from moetk.bench.profile import Kernel
+from moetk.bench.profile import Kernel, Profile
 from moetk.bench.rows import Row
 from moetk.bench.shapes import ModelShape
 from moetk.bench.step import StepResult
@@ -60,7 +61,7 @@ def layer_rows(report: LayerReport) -> list[Row]:
             Row(f"layer error {name}", result.name, words, error, "relative", note=note)
             for name, error in result.errors.items()
         ]
-    return rows
+    return [replace(row, launch=report.case.launch.name) for row in rows]
 
 
 def ratios(times: Sequence[float], base: Sequence[float]) -> Spread:
@@ -71,7 +72,9 @@ def ratios(times: Sequence[float], base: Sequence[float]) -> Spread:
 
 def layer_table(report: LayerReport) -> Table:
     case, baseline = report.case, report.results[0]
-    table = _table(f"{case.words()}: largest load {_largest_load(report)}")
+    table = _table(
+        f"{case.words()} launch={case.launch.name}: largest load {_largest_load(report)}"
+    )
     for column in ("layer", "forward", "forward+backward", f"of {baseline.name}", "TFLOP/s"):
         table.add_column(column, justify="left" if column == "layer" else "right")
     for column in ("saved MiB", "peak MiB", "worst error"):
@@ -117,7 +120,8 @@ def step_rows(shape: ModelShape, results: Sequence[StepResult], words: str) -> l
             continue
         time = spread(result.seconds)
         rate = spread([shape.tokens / second for second in result.seconds])
-        rows.append(Row.of(STEP, result.name, words, time, "s"))
+        first = "" if result.first is None else f"the first one, not timed: {result.first:.3g} s"
+        rows.append(Row.of(STEP, result.name, words, time, "s", note=first))
         rows.append(Row.of("step throughput", result.name, words, rate, "tokens/s"))
         if base.error is None:
             against = _against(result, base)
@@ -136,7 +140,8 @@ def step_rows(shape: ModelShape, results: Sequence[StepResult], words: str) -> l
 def step_table(shape: ModelShape, results: Sequence[StepResult], words: str) -> Table:
     base = results[0]
     table = _table(words)
-    for column in ("step", "seconds", f"of {base.name}", "tokens/s", "peak GiB", "last loss"):
+    ratio = f"of {base.name}"
+    for column in ("step", "seconds", ratio, "tokens/s", "peak GiB", "last loss", "first s"):
         table.add_column(column, justify="left" if column == "step" else "right")
     for result in results:
         if result.error is not None:
@@ -149,6 +154,7 @@ def step_table(shape: ModelShape, results: Sequence[StepResult], words: str) -> 
             f"{shape.tokens / time.median:,.0f}",
             "" if peak is None else f"{peak[1] / GIB:.1f} in {peak[0]}",
             f"{result.losses[-1]:.4f}",
+            "" if result.first is None else f"{result.first:.2f}",
         )
     return _with_notes(table, [(result.name, result.error) for result in results])
 
@@ -159,28 +165,37 @@ def _against(result: StepResult, base: StepResult) -> Spread:
     return spread([second / middle for second in result.seconds])
 
 
-def kernel_rows(kernels: Sequence[Kernel], who: str, words: str) -> list[Row]:
-    return [
-        Row(
-            "kernel",
-            who,
-            words,
-            kernel.milliseconds,
-            "ms",
-            note=f"{kernel.share:.1%}, {kernel.calls} calls: {kernel.name}",
-        )
-        for kernel in kernels
+def kernel_rows(profile: Profile, who: str, words: str, launch: str = "eager") -> list[Row]:
+    """Each kernel's time, then the sum of all, listed or not, and the device's idle time."""
+    rows = [
+        Row("kernel", who, words, one.milliseconds, "ms", note=_words(one))
+        for one in profile.kernels
     ]
+    rows.append(Row("kernels in all", who, words, profile.total, "ms"))
+    note = f"of {profile.span:.4g} ms from the first kernel's start to the last one's end"
+    rows.append(Row("device idle", who, words, profile.idle, "ms", note=note))
+    return [replace(row, launch=launch) for row in rows]
 
 
-def kernel_table(kernels: Sequence[Kernel], who: str) -> Table:
+def _words(kernel: Kernel) -> str:
+    return f"{kernel.share:.1%}, {kernel.calls} calls: {kernel.name}"
+
+
+def kernel_table(profile: Profile, who: str) -> Table:
     table = _table(f"largest kernels of {who}")
     for column in ("ms", "share", "calls", "kernel"):
         table.add_column(column, justify="left" if column == "kernel" else "right")
-    for kernel in kernels:
+    for kernel in profile.kernels:
         share = f"{kernel.share:.1%}"
         name = escape(kernel.name[:100])
         table.add_row(f"{kernel.milliseconds:.2f}", share, str(kernel.calls), name)
+    listed = sum(kernel.milliseconds for kernel in profile.kernels)
+    share = f"{listed / (profile.total or 1):.1%}"
+    table.add_section()
+    table.add_row(f"{listed:.2f}", share, "", f"these {len(profile.kernels)}")
+    table.add_row(f"{profile.total:.2f}", "100.0%", "", "all kernels")
+    table.add_row(f"{profile.span:.2f}", "", "", "from the first one's start to the last one's end")
+    table.add_row(f"{profile.idle:.2f}", "", "", "idle: of these, when none ran")
     return table
 
 

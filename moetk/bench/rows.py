@@ -32,7 +32,8 @@ PACKAGES = (
 @dataclass(frozen=True)
 class Row:
     """One measured quantity. shape: words such as "T=4096 routing=zipf". value: the median, None
-    where there is none and `note` says why."""
+    where there is none and `note` says why. launch: the name of the Launch that it was measured
+    with."""
 
     what: str
     who: str
@@ -42,6 +43,7 @@ class Row:
     p20: float | None = None
     p80: float | None = None
     note: str = ""
+    launch: str = "eager"
 
     @classmethod
     def of(cls, what: str, who: str, shape: str, values: Spread, unit: str, note: str = "") -> Row:
@@ -112,9 +114,8 @@ def read_rows(path: Path) -> list[Row]:
 
 def _row(line: dict[str, str]) -> Row:
     value, p20, p80 = (float(line[key]) if line[key] else None for key in ("value", "p20", "p80"))
-    return Row(
-        line["what"], line["who"], line["shape"], value, line["unit"], p20, p80, line["note"]
-    )
+    words = (line["what"], line["who"], line["shape"])
+    return Row(*words, value, line["unit"], p20, p80, line["note"], line["launch"])
 
 
 def _written(value: object) -> object:

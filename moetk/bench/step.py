@@ -6,7 +6,7 @@ the end: how far its two medians differ is how far the machine drifted.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -15,12 +15,13 @@ import torch
 from torch import Tensor
 
 from moetk.bench.meter import Meter, Phases
-from moetk.bench.profile import Kernel, largest_kernels
+from moetk.bench.profile import Profile, largest_kernels
 from moetk.bench.race import WARM_UP, told
 from moetk.bench.shapes import ModelShape
 from moetk.errors import ConfigError
 
 AGAIN = " again"
+ATTENTION = "sdpa"
 Prepare = Callable[[Any], Any]
 
 
@@ -78,12 +79,45 @@ def sped_up(backend: str) -> Prepare:
     return prepare
 
 
+def compiled(prepare: Prepare, **options: Any) -> Prepare:
+    """`prepare`, and each decoder layer compiled by torch.compile, by instance. options: of
+    torch.compile."""
+
+    def prepare_and_compile(model: Any) -> Any:
+        from torch._dynamo.utils import counters
+
+        torch.compiler.reset()  # what others compiled counts against the limit of recompilations
+        counters.clear()
+        prepared = prepare(model)
+        for layer in model.base_model.layers:
+            layer.compile(dynamic=False, **options)
+        return _Explained((prepared, _Compiled(counters)))
+
+    return prepare_and_compile
+
+
+@dataclass(frozen=True)
+class _Compiled:
+    """counters: those of torch.compile."""
+
+    counters: Mapping[str, Mapping[str, int]]
+
+    def explain(self) -> str:
+        """What torch.compile made of the layers until now. Equal layers share a graph; one a step
+        is a layer compiled anew every time, and past its limit it runs as Python does."""
+        graphs, breaks = self.counters["stats"], self.counters["graph_break"]
+        return (
+            f"decoder layers compiled: {graphs.get('unique_graphs', 0)} graphs, "
+            f"{sum(breaks.values())} graph breaks"
+        )
+
+
 @dataclass(frozen=True)
 class _Explained:
     parts: Sequence[Any]
 
     def explain(self) -> str:
-        return "\n".join(part.explain() for part in self.parts)
+        return "\n".join(part.explain() for part in self.parts if part is not None)
 
 
 def step_contenders(backend: str = "auto") -> dict[str, StepContender]:
@@ -91,8 +125,10 @@ def step_contenders(backend: str = "auto") -> dict[str, StepContender]:
     everyone = (
         StepContender("v5", as_it_is),
         StepContender("v5-checkpointing", checkpointed),
+        StepContender("v5-compiled", compiled(as_it_is)),
         StepContender("moetk", replaced(backend)),
         StepContender("moetk-step", sped_up(backend)),
+        StepContender("moetk-step-compiled", compiled(sped_up(backend))),
         StepContender("moetk-step-adamw", sped_up(backend), moetk_adamw),
     )
     return {contender.name: contender for contender in everyone}
@@ -109,13 +145,15 @@ def step_contenders_named(names: str, backend: str = "auto") -> list[StepContend
 
 @dataclass(eq=False)
 class StepResult:
-    """seconds and losses: of each timed step. peaks: bytes of the allocator's largest moment in
+    """seconds and losses: of each timed step. first: seconds of the very first step, which compiles
+    kernels, and is not timed. peaks: bytes of the allocator's largest moment in
     each phase, parameters and the optimizer's state in; empty where the device does not tell.
     about: what ran, in the contender's own words."""
 
     name: str
     seconds: list[float] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
+    first: float | None = None
     peaks: dict[str, int] = field(default_factory=dict)
     about: str = ""
     error: str | None = None
@@ -131,15 +169,22 @@ class StepResult:
 
 @dataclass(eq=False)
 class Training:
-    """A model with its optimizer: one call is one step, and returns the detached loss."""
+    """A model with its optimizer: one call is one step, and returns the detached loss. prepared:
+    what the contender returned."""
 
     model: Any
     optimizer: torch.optim.Optimizer
     phases: Phases
+    prepared: Any
+
+    def about(self) -> str:
+        """What runs, in the contender's own words."""
+        text: str = getattr(self.prepared, "explain", str)()
+        return text
 
     def close(self) -> None:
         """Let go of the model: who still holds this holds no memory."""
-        del self.model, self.optimizer
+        del self.model, self.optimizer, self.prepared
 
     def step(self, token_ids: Tensor) -> Tensor:
         self.phases.enter("forward")
@@ -162,15 +207,15 @@ def training(
     dtype: torch.dtype = torch.bfloat16,
     seed: int = 0,
     rate: float = 1e-5,
-) -> Iterator[tuple[Training, str]]:
-    """A contender's model with random weights and its AdamW, ready to step, and what it says of
-    itself. The memory is free again afterwards."""
+) -> Iterator[Training]:
+    """A contender's model with random weights and its AdamW, ready to step. The memory is free
+    again afterwards."""
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(seed)
     with meter.device:
         model: Any = AutoModelForCausalLM.from_config(
-            shape.config(), dtype=dtype, attn_implementation="sdpa"
+            shape.config(), dtype=dtype, attn_implementation=ATTENTION
         )
     prepared = contender.prepare(model)
     model.train()
@@ -178,11 +223,10 @@ def training(
     phases = Phases(meter)
     # What runs after the decoder stack is the head and the loss, in one kernel or in many.
     hook = model.base_model.register_forward_hook(lambda *_: phases.enter("loss"))
-    run = Training(model, optimizer, phases)
-    about = getattr(prepared, "explain", str)()
+    run = Training(model, optimizer, phases, prepared)
     del model, optimizer, prepared
     try:
-        yield run, about
+        yield run
     finally:
         hook.remove()
         run.close()
@@ -224,9 +268,9 @@ def profile_step(
     *,
     dtype: torch.dtype = torch.bfloat16,
     seed: int = 0,
-) -> list[Kernel]:
+) -> Profile:
     """The largest kernels of one warm step."""
-    with training(shape, contender, meter, dtype=dtype, seed=seed) as (run, _):
+    with training(shape, contender, meter, dtype=dtype, seed=seed) as run:
         token_ids = _tokens(shape, run.model.config.vocab_size, seed).to(meter.device)
         for _ in range(WARM_UP):
             run.step(token_ids)
@@ -247,10 +291,10 @@ def _measure(
     dtype: torch.dtype,
     seed: int,
 ) -> None:
-    with training(shape, contender, meter, dtype=dtype, seed=seed) as (run, about):
-        result.about = about
+    with training(shape, contender, meter, dtype=dtype, seed=seed) as run:
         token_ids = _tokens(shape, run.model.config.vocab_size, seed).to(meter.device)
-        for _ in range(WARM_UP):
+        result.first = meter.wall(lambda: run.step(token_ids))[0] / 1e3
+        for _ in range(WARM_UP - 1):
             run.step(token_ids)
         run.phases.peaks.clear()
         for _ in range(steps):
@@ -259,3 +303,4 @@ def _measure(
             result.losses.append(float(loss))
         if meter.has_memory:
             result.peaks = dict(run.phases.peaks)
+        result.about = run.about()

@@ -1,0 +1,143 @@
+"""How a step gets to the device: kernel by kernel as Python runs it, or replayed from a CUDA graph.
+
+A small layer is as slow as its launches: Qwen3's at 256 tokens has 1.4 ms of kernels and takes
+more, most of it Python. The other ways take parts of the host away, and so say what the kernels
+take.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from moetk.bench.race import WARM_UP
+from moetk.errors import ConfigError
+
+
+def nothing() -> None:
+    pass
+
+
+@dataclass(frozen=True)
+class Step:
+    """`call` is what is timed, and returns its output; `before` comes first and is not."""
+
+    call: Callable[[], Tensor]
+    before: Callable[[], None] = nothing
+
+    def __call__(self) -> Tensor:
+        self.before()
+        return self.call()
+
+
+class Launch(Protocol):
+    """`name`: as rows tell it. `allocates`: whether a step takes its memory while it runs, so that
+    saved and peak bytes can be read off the allocator."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def allocates(self) -> bool: ...
+    def ready(self, step: Step) -> Step:
+        """The same step, launched this way; it may run a few times first."""
+        ...
+
+
+@dataclass(frozen=True)
+class Eager:
+    """As Python runs it."""
+
+    name: str = "eager"
+    allocates: bool = True
+
+    def ready(self, step: Step) -> Step:
+        return step
+
+
+@dataclass(frozen=True)
+class OneThread:
+    """Backward in the calling thread. autograd has a thread for each device; on a virtual machine
+    the way there and back costs about 0.5 ms."""
+
+    name: str = "one-thread"
+    allocates: bool = True
+
+    def ready(self, step: Step) -> Step:
+        def call() -> Tensor:
+            with torch.autograd.set_multithreading_enabled(False):
+                return step.call()
+
+        return Step(call, step.before)
+
+
+@dataclass(frozen=True)
+class Captured:
+    """Recorded once in a CUDA graph that is replayed since: no Python, no allocation.
+
+    What the step reads and writes stays where it is, gradients too: those that are there when the
+    step is recorded are added to by every replay, those that are not are written anew.
+    """
+
+    name: str = "captured"
+    allocates: bool = False
+
+    def ready(self, step: Step) -> Step:
+        """Raises what keeps the step from being recorded; the process can go on afterwards."""
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        # Around the capture too: where that cannot be ended it leaves its stream the current one.
+        with torch.cuda.stream(side):
+            for _ in range(WARM_UP):
+                step()
+            step.before()
+            replay, y = _recorded(step.call)
+
+        def call() -> Tensor:
+            replay()
+            return y
+
+        return Step(call)
+
+
+EAGER, ONE_THREAD, CAPTURED = Eager(), OneThread(), Captured()
+
+
+def launches(device: torch.device, *, one_thread: bool, captured: bool) -> list[Launch]:
+    """Eager, and the others that are wanted. Raises ConfigError for a capture without a GPU."""
+    if captured and device.type != "cuda":
+        raise ConfigError(f"--captured records CUDA graphs; device {device.type} has none.")
+    return [EAGER, *([ONE_THREAD] if one_thread else []), *([CAPTURED] if captured else [])]
+
+
+def _recorded(call: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+    """The replay of a call on the current stream, and the output that each replay fills."""
+    graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
+    reason = None
+    try:
+        with torch.cuda.graph(graph, pool=pool, stream=torch.cuda.current_stream()):
+            try:
+                y = call()
+            except Exception as error:
+                reason = error
+                raise
+    except Exception as error:
+        _let_go(pool)
+        # A broken capture cannot be ended; the error of that does not tell what broke it.
+        raise reason or error from None
+    return graph.replay, y
+
+
+def _let_go(pool: tuple[int, int]) -> None:
+    """Undo what a broken capture leaves behind in torch (CUDAGraph::capture_end raises before it
+    cleans up): an allocator that waits for the end of the capture, a random generator likewise."""
+    device = torch.cuda.current_device()
+    with suppress(RuntimeError):  # it did end; what failed was the call within
+        torch._C._cuda_endAllocateToPool(device, pool)
+        torch._C._cuda_releasePool(device, pool)
+    with torch.cuda.graph(torch.cuda.CUDAGraph(), stream=torch.cuda.current_stream()):
+        torch.zeros(1, device="cuda")  # one that ends well lets the generator go

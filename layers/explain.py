@@ -56,21 +56,25 @@ def _router(site: Site, gate: object) -> str:
 def _backend(site: Site, experts: nn.Module) -> tuple[str, str]:
     if site.backend == "stock":
         return "stock", 'stock: asked for with backend="stock"; transformers\' own experts run'
+    known = {one.name: one for one in backends()}
     if site.backend != "auto":
-        return site.backend, f'{site.backend}: asked for with backend="{site.backend}"'
+        about = known[site.backend].about
+        return site.backend, f'{site.backend} ({about}): asked for with backend="{site.backend}"'
     device, dtype = runs_on(experts), next(experts.parameters()).dtype
-    measured: dict[str, str] = {}
+    reasons: dict[str, list[str]] = {}
     for rows in (1, 2**10, 2**20):
-        row = auto_row(device.type, dtype, rows)
+        row = auto_row(device.type, dtype, rows, site.spec)
         picked = pick_backend("auto", dtype, device, rows, spec=site.spec)
-        why = f"up to {row.max_rows:g} rows ({row.measured})"
+        why = f"{row.bounds}: {row.measured}"
         if picked.name != row.backend:
-            refused = next(one for one in backends() if one.name == row.backend)
-            why = f"{row.backend} cannot run: {refused.why_not(dtype, device, site.spec)}"
-        measured[picked.name] = why
+            first = known[row.backend]
+            refusal = first.why_not(dtype, device, site.spec) or first.why_not_unasked(device)
+            why = f"because {row.backend} is not taken: {refusal}"
+        if why not in reasons.setdefault(picked.name, []):
+            reasons[picked.name].append(why)
     dtype_name = str(dtype).removeprefix("torch.")
-    whys = "; ".join(f"{name} {why}" for name, why in measured.items())
-    return f"auto: {'/'.join(measured)}", f"auto on {device.type}, {dtype_name}: {whys}"
+    whys = "; ".join(f"{n} ({known[n].about}) {', '.join(why)}" for n, why in reasons.items())
+    return f"auto: {'/'.join(reasons)}", f"auto on {device.type}, {dtype_name}: {whys}"
 
 
 def _uncounted(replacement: Replacement) -> list[str]:

@@ -221,15 +221,17 @@ def replace_moe(
         A module's parameters move to the gate's device and dtype, and are saved at
         `<gate>.moetk.<name>`; the stock gate stays, frozen.
     losses, controllers: attached to every layer; they act in training, through backward.
-    backend: "auto", "stock" (transformers' own experts), "reference", "grouped" or "fused".
+    backend: "auto", "stock" (transformers' own experts), "reference", "grouped", "fused" or "te"
+        (Transformer Engine).
     dispatcher: moves rows to experts and back; None = Local().
     aux_scale: the gradient that attached losses enter with, for losses computed outside the model
         (a float, or a callable evaluated in backward); None = read off `out.loss`.
     check: look at routing values on every call: None = on the CPU, True = always, False = never.
     seed: of the routers' noise; None = torch's initial seed.
-    add_to_grad: with backend "fused", backward adds the experts' gradients into .grad itself when
-        there is one (gradient accumulation), which saves a copy of them and a pass over it; then
-        use loss.backward(), not torch.autograd.grad. BackendError where others wait for gradients.
+    add_to_grad: with backend "fused" or "te", backward adds the experts' gradients into .grad
+        itself when there is one (gradient accumulation), which saves a copy of them and a pass over
+        it; then use loss.backward(), not torch.autograd.grad. BackendError where others wait for
+        gradients.
 
     Replacing a second time starts from the stock model again. Nothing changes when it raises:
     UnsupportedModelError for a mixture-of-experts model without a row in moetk.layers.families,
@@ -238,8 +240,8 @@ def replace_moe(
     root = root_of(model)
     if backend != "stock":
         check_backend_name(backend)
-    if add_to_grad and backend != "fused":
-        raise BackendError(f'add_to_grad=True needs backend="fused", not "{backend}".')
+    if add_to_grad and backend not in ("fused", "te"):
+        raise BackendError(f'add_to_grad=True needs backend="fused" or "te", not "{backend}".')
     found = list(find_blocks(root))
     if not found and (router or losses or controllers or expects_experts(root)):
         raise UnsupportedModelError(

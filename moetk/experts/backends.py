@@ -141,8 +141,8 @@ FUSED = _Fused(
 TE = _Te(
     "te",
     te,
-    "Transformer Engine's products; each forward copies the number of rows of each expert to the "
-    "host, and waits for it",
+    "Transformer Engine's products, for which each forward copies the number of rows of each "
+    "expert to the host and waits for it",
     (torch.bfloat16, torch.float16),
     ("cuda",),
 )
@@ -168,21 +168,6 @@ class TableRow:
     min_rows_per_expert: int = 0
     min_expert_size: int = 0
 
-    def fits(
-        self, device_type: str, dtype: torch.dtype, num_rows: int, spec: BankSpec | None
-    ) -> bool:
-        """spec None: of a bank of which nothing is known."""
-        if self.device not in (device_type, "any"):
-            return False
-        if self.dtype not in (str(dtype).removeprefix("torch."), "any"):
-            return False
-        if self.min_expert_size or self.min_rows_per_expert:
-            if spec is None or spec.hidden_size * spec.intermediate_size < self.min_expert_size:
-                return False
-            if num_rows < self.min_rows_per_expert * spec.num_experts:
-                return False
-        return num_rows <= self.max_rows
-
     @property
     def bounds(self) -> str:
         """For whom it is, in words."""
@@ -192,6 +177,23 @@ class TableRow:
         if self.min_expert_size:
             words += f", experts of H*I >= {self.min_expert_size}"
         return words
+
+
+def _fits(
+    row: TableRow, device_type: str, dtype: torch.dtype, num_rows: int, spec: BankSpec | None
+) -> bool:
+    """spec None: of a bank of which nothing is known. (torch.compile reads the fields of a value
+    that it holds as a constant, and calls no method of it.)"""
+    if row.device not in (device_type, "any"):
+        return False
+    if row.dtype not in (str(dtype).removeprefix("torch."), "any"):
+        return False
+    if row.min_expert_size or row.min_rows_per_expert:
+        if spec is None or spec.hidden_size * spec.intermediate_size < row.min_expert_size:
+            return False
+        if num_rows < row.min_rows_per_expert * spec.num_experts:
+            return False
+    return num_rows <= row.max_rows
 
 
 @_one_answer
@@ -222,7 +224,7 @@ def auto_row(
 ) -> TableRow:
     """The table's first row for a call; its last row takes everything."""
     for row in auto_table():
-        if row.fits(device_type, dtype, num_rows, spec):
+        if _fits(row, device_type, dtype, num_rows, spec):
             return row
     raise BackendError(f"auto_table.csv has no row for {device_type}, {dtype}, {num_rows} rows.")
 
@@ -253,7 +255,7 @@ def pick_backend(
     """
     if name == "auto":
         for row in auto_table():
-            if row.fits(device.type, dtype, num_rows, spec):
+            if _fits(row, device.type, dtype, num_rows, spec):
                 backend = _BACKENDS[row.backend]
                 # The loop of `reference` cannot be traced, whatever the table says.
                 refused = backend.why_not(dtype, device, spec, routing)

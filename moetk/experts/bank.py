@@ -76,7 +76,7 @@ class ExpertBank(nn.Module):
     down_proj_bias (E, H): the names, and for the default spec the layouts, of transformers.
     Initialised as torch initialises a Linear of the same fan-in.
     spec: replaces the default SwiGLU spec of the three sizes (activation, layout, special experts).
-    backend: "auto", "reference", "grouped" or "fused".
+    backend: "auto", "reference", "grouped", "fused" or "te".
     """
 
     def __init__(

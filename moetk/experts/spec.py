@@ -95,7 +95,7 @@ class BankWeights:
     """One call's tensors, in the spec's layout; the biases are (E, J) and (E, H).
 
     add_to_grad: backward may add the matrices' gradients into their .grad and return none
-    (`fused`; the other backends return them).
+    (`fused` and `te`; the other backends return them).
     """
 
     up: Tensor

@@ -590,10 +590,10 @@ def test_backend_names(backend: str, says: str) -> None:
 
 
 @pytest.mark.parametrize("backend", ["auto", "stock", "grouped"])
-def test_gradients_are_added_by_the_fused_backend_alone(backend: str) -> None:
+def test_gradients_are_added_by_backends_that_can(backend: str) -> None:
     model = stock("olmoe")
     before = trace(model)
-    message = f'add_to_grad=True needs backend="fused", not "{backend}".'
+    message = f'add_to_grad=True needs backend="fused" or "te", not "{backend}".'
     with pytest.raises(BackendError, match=re.escape(message)):
         replace_moe(model, backend=backend, add_to_grad=True)
     assert trace(model) == before

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from moetk.kernels.first_order import refuse_second_order
 from moetk.kernels.form import Form
 from moetk.kernels.fused_mlp import addable
 from moetk.kernels.gpu.activation import activation_backward
@@ -59,8 +59,8 @@ class _TeMlp(torch.autograd.Function):
         return y_TH
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dy_TH: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_second_order('backend="te"', 'backend="reference"')
         h_UJ, *tensors = ctx.saved_tensors
         into = tuple(addable(weight) if ctx.adds else None for weight in tensors[2:4])
         need = ctx.needs_input_grad[:6]

@@ -1,4 +1,4 @@
-"""The rest of a training step: norms, rotary embedding and loss of a transformers model, faster.
+"""The rest of a training step: norms, residuals, rotation and loss of a transformers model.
 
 `speed_up(model)` puts moetk's forwards in front of this one model's modules. Other models of the
 family, and transformers' modules themselves, are never touched.

@@ -62,7 +62,7 @@ def joined(read: Callable[..., Any]) -> Joined:
     """A decoder layer class's forward, read and rewritten."""
     function = _below_checkpointing(read)
     try:
-        text = _lines(function)
+        text = _text(function)
     except _NotPlain as reason:
         return Joined(read, read, why_not=str(reason))
     added = tuple(found["norm"] for found in ADDED.finditer(text))
@@ -79,37 +79,54 @@ def joined(read: Callable[..., Any]) -> Joined:
 
 
 def _below_checkpointing(forward: Any) -> Any:
-    """Without transformers' wrapper, which the shell's class gets anew."""
-    code = getattr(forward, "__code__", None)
-    wrapped = code is not None and code.co_name == "forward_with_checkpointing"
-    return forward.__wrapped__ if wrapped else forward
+    """Without transformers' wrapper, which each class gets anew, the shell's too."""
+    function: Any = forward
+    while inspect.isfunction(forward) and forward.__code__.co_name == "forward_with_checkpointing":
+        forward = function = function.__wrapped__
+    return function
 
 
 class _NotPlain(Exception):
     """The source is not all there is to the function."""
 
 
-def _lines(function: Any) -> str:
-    """One statement a line, without comments."""
+def _text(function: Any) -> str:
+    """Its source, one statement a line, without comments."""
     if not inspect.isfunction(function) or hasattr(function, "__wrapped__"):
         raise _NotPlain("its forward is wrapped")
     try:
-        source = inspect.getsource(function)
-    except (OSError, TypeError):
+        source = textwrap.dedent(inspect.getsource(function))
+        written = ast.parse(source).body[0]
+    except (OSError, SyntaxError):
         raise _NotPlain("the source of its forward is not there") from None
-    written = ast.parse(textwrap.dedent(source)).body[0]
     if not isinstance(written, ast.FunctionDef) or written.decorator_list or function.__closure__:
         raise _NotPlain("its forward is decorated, or reads variables around it")
-    if any(isinstance(node, ast.AugAssign) for node in ast.walk(written)):
+    if any(map(_writes, ast.walk(written))):
         raise _NotPlain("its forward may write into the residual stream")
-    return ast.unparse(written) + "\n"
+    if _words(_function(source, function)) != _words(function):
+        raise _NotPlain("its forward is not what its source says")
+    return ast.unparse(written)
 
 
-def _function(text: str, original: Any) -> Callable[..., Any]:
+def _words(function: Any) -> tuple[Any, ...]:
+    """What tells functions apart, but for how they lie in their file: a library that is upgraded
+    under a running process shows another function's source."""
+    code = function.__code__
+    return code.co_varnames, code.co_names, code.co_consts
+
+
+def _writes(node: ast.AST) -> bool:
+    """`x += y`, or a name like torch's `x.add_`."""
+    if isinstance(node, ast.Attribute):
+        return node.attr.endswith("_") and not node.attr.endswith("__")
+    return isinstance(node, ast.AugAssign)
+
+
+def _function(text: str, original: Any) -> Any:
     """The text as a function that reads the names the original reads; tracebacks show it."""
     name = f"<moetk.speed_up: {original.__module__}.{original.__qualname__}>"
     linecache.cache[name] = len(text), None, text.splitlines(keepends=True), name
     made: dict[str, Any] = {}
     exec(compile(text, name, "exec"), original.__globals__, made)
-    function: Callable[..., Any] = made[original.__name__]
+    [function] = made.values()
     return function

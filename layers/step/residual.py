@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from moetk.kernels.norm import added_rms_norm, forked_rms_norm
 from moetk.layers.find import runs_on
 from moetk.layers.step.joined import Joined, joined
-from moetk.layers.step.norm import NORMS, rule_of, why_stock
+from moetk.layers.step.norm import NORMS, NormShell, rule_of, why_stock
 from moetk.layers.step.part import ACTIVE, Part, is_watched
 from moetk.layers.step.under import stock_class
 from moetk.layers.swap import own_class
@@ -26,19 +26,23 @@ class ResidualShell:
     """In front of a decoder layer: runs its own forward, rewritten by `joined`. Whether a line's
     kernel can take the tensors is seen when they are there; the line says what it said, if not."""
 
+    _moetk_stock: Any  # the class it is in front of
     _moetk_joined: Joined
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if not hasattr(cls, "_moetk_joined"):
-            stock: Any = cls.__bases__[1]
-            cls._moetk_joined = joined(stock.forward)
+            cls._moetk_stock = cls.__bases__[1]
+            cls._moetk_joined = joined(cls._moetk_stock.forward)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        stock = super().forward  # type: ignore[misc]
-        if ACTIVE not in vars(self) or stock.__func__ is not self._moetk_joined.read:
-            return stock(*args, **kwargs)
+        if ACTIVE not in vars(self) or self._moetk_outdated():
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
         return self._moetk_joined.forward(self, *args, **kwargs)
+
+    def _moetk_outdated(self) -> bool:
+        """Somebody has given the class another forward since this one was read."""
+        return self._moetk_stock.forward is not self._moetk_joined.read
 
     def _moetk_forked(self, stream: Tensor, norm: Any) -> tuple[Tensor, Tensor]:
         if _why_apart(norm, stream.dtype) is not None:
@@ -52,13 +56,17 @@ class ResidualShell:
         return added_rms_norm(stream, branch, norm.weight, **rule_of(norm))
 
 
-def _why_apart(norm: Any, dtype: torch.dtype) -> str | None:
-    """Why a norm is called as a module and what stands beside it is left to torch, or None."""
-    if ACTIVE not in vars(norm):
+def _why_apart(norm: Any, dtype: torch.dtype | None = None) -> str | None:
+    """Why a norm is called as a module and what stands beside it is left to torch, or None.
+
+    dtype: the stream's; None = that of the norm's weight.
+    """
+    if not isinstance(norm, NormShell) or ACTIVE not in vars(norm):
         return "is left stock"
-    if is_watched(norm):
+    if is_watched(norm):  # type: ignore[arg-type]
         return "is hooked and must be called"
-    return why_stock(dtype, norm.weight.dtype)
+    weight: Tensor = norm.weight  # type: ignore[attr-defined]
+    return why_stock(dtype or weight.dtype, weight.dtype)
 
 
 def _concerns(module: nn.Module) -> bool:
@@ -69,7 +77,7 @@ def _concerns(module: nn.Module) -> bool:
 
 
 def _refusal(module: nn.Module) -> str | None:
-    found = _joined_in(module)
+    found = joined(stock_class(module).forward)
     if found.why_not is not None:
         return found.why_not
     names = {own_class(getattr(module, name)).__name__ for name in found.added + found.forked}
@@ -78,18 +86,14 @@ def _refusal(module: nn.Module) -> str | None:
     return None
 
 
-def _joined_in(module: nn.Module) -> Joined:
-    return joined(stock_class(module).forward)
-
-
 def _runs(module: nn.Module) -> str:
-    found: Joined = module._moetk_joined  # type: ignore[assignment]
-    if found != _joined_in(module):
+    shell: Any = module
+    if shell._moetk_outdated():
         return "stock: its class was given another forward"
+    found: Joined = shell._moetk_joined
     joins, apart = [], []
     for name in found.forked + found.added:
-        norm: Any = getattr(module, name)
-        why = _why_apart(norm, next(norm.parameters()).dtype)
+        why = _why_apart(getattr(module, name))
         beside = "the sum before it" if name in found.added else "the stream beside it"
         if why is None:
             joins.append(f"{name} and {beside}")

@@ -15,11 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeRMSNorm, apply_rotary_pos_emb
 
+from moetk.errors import SecondOrderError
 from moetk.kernels.cross_entropy import linear_cross_entropy
-from moetk.kernels.norm import rms_norm
+from moetk.kernels.norm import added_rms_norm, forked_rms_norm, rms_norm
 from moetk.kernels.rope import Norm, rotated
 from moetk.layers.step import speed_up
-from tests.gpu.device import DEVICE, KERNELS, normal
+from tests.gpu.device import DEVICE, KERNELS, needs_kernels, normal
 from tests.gpu.judged import assert_bitwise, assert_passes, grown
 from tests.tiny import tiny
 
@@ -49,12 +50,18 @@ def stock_norm(x: Tensor, weight: Tensor, eps: float, offset: float, rounds_firs
     return ((offset + weight.to(wide)) * normed).to(x.dtype)
 
 
-@pytest.mark.parametrize(("offset", "rounds_first"), [(0.0, True), (0.0, False), (1.0, False)])
-@pytest.mark.parametrize(
+rules = pytest.mark.parametrize(
+    ("offset", "rounds_first"), [(0.0, True), (0.0, False), (1.0, False)]
+)
+rows = pytest.mark.parametrize(
     ("shape", "dtype"),
     [((2, LENGTH, 2048), BF16), ((3, 5, 72), BF16), ((7, 2880), torch.float32), ((0, 64), BF16)],
     ids=["qwen3", "odd", "fp32", "none"],
 )
+
+
+@rules
+@rows
 def test_norm(shape, dtype, offset, rounds_first):
     leaves = {
         "x": normal(0, *shape, dtype=dtype),
@@ -73,6 +80,56 @@ def test_norm(shape, dtype, offset, rounds_first):
     assert_bitwise(run(ours, leaves, [dy]), found)
     draw = (found, run(plain, leaves, [dy]), run(plain, leaves, [dy], torch.float64))
     assert_passes([draw], reduction=max(shape[-1], leaves["x"].numel() // shape[-1]))
+
+
+@rules
+@rows
+@pytest.mark.parametrize("names", [("x",), ("x", "branch")], ids=["forked", "added"])
+def test_norm_and_stream(shape, dtype, names, offset, rounds_first):
+    leaves = {name: normal(n, *shape, dtype=dtype) for n, name in enumerate(names)}
+    leaves["weight"] = (1 - offset + normal(2, shape[-1], std=0.2)).to(dtype)
+    settings = {"offset": offset, "rounds_first": rounds_first}
+    into = [normal(3, *shape), normal(4, *shape)]
+
+    def ours(held: Leaves) -> dict[str, Tensor]:
+        joined = added_rms_norm if "branch" in held else forked_rms_norm
+        return dict(zip(("stream", "y"), joined(*held.values(), 1e-6, **settings), strict=True))
+
+    def plain(held: Leaves) -> dict[str, Tensor]:
+        stream = held["x"] + held["branch"] if "branch" in held else held["x"]
+        return {"stream": stream, "y": stock_norm(stream, held["weight"], 1e-6, *settings.values())}
+
+    found = run(ours, leaves, into)
+    assert_bitwise(run(ours, leaves, into), found)
+    if "branch" in names:
+        assert torch.equal(found["dx"], found["dbranch"])
+    assert torch.equal(found["stream"], sum(leaves[name] for name in names))
+    draw = (found, run(plain, leaves, into), run(plain, leaves, into, torch.float64))
+    assert_passes([draw], reduction=max(shape[-1], leaves["x"].numel() // shape[-1]))
+
+
+@needs_kernels
+def test_second_derivatives_beside_a_stream_are_refused():
+    x, weight = normal(0, 3, 64).requires_grad_(), normal(1, 64)
+    for made in (forked_rms_norm(x, weight, 1e-6), added_rms_norm(x, x, weight, 1e-6)):
+        for y in made:
+            with pytest.raises(SecondOrderError, match="ed_rms_norm: create_graph=True"):
+                torch.autograd.grad(y.sum(), x, create_graph=True)
+
+
+@pytest.mark.parametrize("names", [("x",), ("x", "branch")], ids=["forked", "added"])
+def test_norm_and_stream_in_one_graph(names):
+    leaves = {name: normal(n, 5, 72, dtype=BF16) for n, name in enumerate(names)}
+    leaves["weight"] = normal(2, 72, dtype=BF16)
+
+    def ours(held: Leaves) -> dict[str, Tensor]:
+        joined = added_rms_norm if "branch" in held else forked_rms_norm
+        inner = {**held, "x": held["x"] + 1}
+        return dict(zip(("stream", "y"), joined(*inner.values(), 1e-6), strict=True))
+
+    into = [normal(n, 5, 72) for n in (3, 4)]
+    compiled = torch.compile(ours, backend="aot_eager", fullgraph=True)
+    assert_bitwise(run(compiled, leaves, into), run(ours, leaves, into))
 
 
 # Norm and rotation of queries and keys.

@@ -143,7 +143,7 @@ def inside(kernel, *args, **settings):
     launch.launch(kernel, *args, **settings)
 
 
-torch.cuda.device_of = Guard
+torch.cuda.device_of = there.on_device_of = Guard
 there.launch = inside
 
 

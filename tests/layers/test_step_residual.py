@@ -310,6 +310,13 @@ class InPlace(Layer):
         return residual
 
 
+class Written(Layer):
+    def forward(self, x: Tensor) -> Tensor:
+        residual = x
+        x = self.norm(x)
+        return residual.add_(x)
+
+
 class Nothing(Layer):
     def forward(self, x: Tensor) -> Tensor:
         return x + self.norm(x)
@@ -359,6 +366,15 @@ def test_a_traceback_shows_the_lines_that_ran() -> None:
     assert "shortcut, x = self._moetk_added(shortcut, x, self.inner)" in source
 
 
+def misread(self: Any, x: Tensor) -> Tensor:
+    residual = x
+    x = self.norm(x)
+    return residual + x
+
+
+misread.__code__ = OtherNames.forward.__code__.replace(
+    co_firstlineno=misread.__code__.co_firstlineno
+)
 UNREAD: dict[str, Any] = {}
 exec("def forward(self, x):\n    residual = x\n    x = self.norm(x)\n    return x", UNREAD)
 
@@ -367,11 +383,13 @@ exec("def forward(self, x):\n    residual = x\n    x = self.norm(x)\n    return 
     ("forward", "why"),
     [
         (InPlace.forward, "may write into the residual stream"),
+        (Written.forward, "may write into the residual stream"),
         (Nothing.forward, "norms nothing beside a residual stream"),
         (Above.forward, "reads variables around it"),
         (Decorated.forward, "its forward is wrapped"),
         (through(OtherNames.forward), "its forward is wrapped"),
         (partial(OtherNames.forward), "its forward is wrapped"),
+        (misread, "is not what its source says"),
         (UNREAD["forward"], "the source of its forward is not there"),
     ],
 )

@@ -38,13 +38,17 @@ def bench(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -
 
 def test_the_command(bench: Any, tmp_path: Path) -> None:
     words = [*SMALL, "--contenders", "v5,moetk-auto,te", "--rounds", 2, "--out", tmp_path / "o"]
-    code, out, _ = bench("layer", *words, "--profile", "--figures", "--grads", "fresh")
+    code, out, _ = bench(
+        "layer", *words, "--profile", "--figures", "--grads", "fresh", "--one-thread"
+    )
     assert code == 0, out
-    assert "largest kernels of moetk-auto" in out and "te: ModuleNotFoundError" in out
+    assert "grads=fresh dtype=float32 launch=one-thread: largest load" in out
+    assert "largest kernels of moetk-auto, eager" in out and "te: ModuleNotFoundError" in out
     rows = read_rows(tmp_path / "o/layer.csv")
     assert {"ceiling copy", "kernel", "layer forward", "routing largest load"} <= {
         row.what for row in rows
     }
+    assert {row.launch for row in rows if row.what == "kernel"} == {"eager", "one-thread"}
     assert (tmp_path / "o/roofline.png").exists()
     assert (tmp_path / "o/tokens_own_balanced_fresh.png").exists()
 
@@ -67,6 +71,8 @@ def test_a_wrong_contender_is_exit_code_1(
 def test_wrong_words_are_exit_code_2(bench: Any) -> None:
     code, _, err = bench("layer", *SMALL, "--contenders", "v6")
     assert code == 2 and err.startswith("ConfigError: contender 'v6' is not one of v5")
+    code, _, err = bench("layer", *SMALL, "--captured")
+    assert code == 2 and "device cpu has none" in err
     code, _, err = bench("layer", *SMALL, "--tune", "no_such_module:tiles")
     assert code == 2 and "names no tuner" in err
 
@@ -95,7 +101,10 @@ def test_steps(bench: Any, tmp_path: Path) -> None:
     assert "v5 again" in out and "largest kernels of moetk" in out and "Local" in out
     rows = read_rows(tmp_path / "step.csv")
     assert {row.who for row in rows} == {"v5", "moetk", "v5 again"}
-    assert all("num_experts=4 " in row.shape and "dtype=float32" in row.shape for row in rows)
+    settings = "num_experts=4 ", "dtype=float32 attention=sdpa backend=auto"
+    assert all(word in row.shape for row in rows for word in settings)
+    assert {"device idle", "kernels in all"} <= {row.what for row in rows}
+    assert "all kernels" in out
 
 
 def test_loss_curves(bench: Any, tmp_path: Path) -> None:

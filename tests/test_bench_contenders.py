@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
@@ -15,13 +17,14 @@ from moetk.bench.contenders import (
     contenders,
     contenders_here,
     contenders_named,
+    in_fp8,
     ours,
     peer,
     stock,
 )
 from moetk.bench.layer import layer_cases, measure_layer
 from moetk.errors import ConfigError
-from tests.test_bench_layer import CPU, METER, case, model
+from tests.test_bench_layer import CPU, METER, built, case, model
 
 
 def test_contenders_by_name() -> None:
@@ -31,6 +34,50 @@ def test_contenders_by_name() -> None:
     assert here == ["v5", "moetk-grouped"]
     with pytest.raises(ConfigError, match="contender 'v6' is not one of v5, v5-eager, moetk-auto"):
         contenders_named("v6")
+
+
+def test_contenders_of_transformer_engine() -> None:
+    names = "moetk-te,moetk-te-adds,moetk-te-fp8,moetk-te-fp8-block"
+    found = contenders_named(names)
+    assert ",".join(one.name for one in found) == names
+    narrow = [None, None, torch.float8_e4m3fn, torch.float8_e4m3fn]
+    assert [one.operands for one in found] == narrow
+
+
+def test_fp8_is_an_autocast_around_forward(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The te backend is stood in for by transformers' own experts, and by noise of one rounding."""
+    inside: list[Any] = []
+
+    @contextmanager
+    def autocast(enabled: bool, recipe: Any) -> Iterator[None]:
+        assert enabled
+        inside.append(recipe)
+        yield
+        inside.append("left")
+
+    te = module("transformer_engine.pytorch", autocast=autocast)
+    recipes = module("transformer_engine.common.recipe", Mine=lambda: "mine")
+    for made in (
+        module("transformer_engine", pytorch=te),
+        module("transformer_engine.common", recipe=recipes),
+        te,
+        recipes,
+    ):
+        monkeypatch.setitem(sys.modules, made.__name__, made)
+
+    def noisy(block: Any) -> None:
+        block.experts.down_proj.data *= 1.04
+
+    monkeypatch.setattr("moetk.bench.contenders.ours", lambda name: built(noisy))
+    mine = in_fp8("mine", "Mine")
+    report = measure_layer(case(), [stock(), mine, built(noisy)], METER, rounds=1)
+    fp8, held_to_stock = report.results[1:]
+    assert (
+        fp8.error is None and fp8.wrong is None and fp8.errors["y"] == pytest.approx(0.04, rel=1e-4)
+    )
+    assert "dexperts.down_proj" in fp8.errors  # parameters keep their names
+    assert str(held_to_stock.wrong).startswith("WRONG")
+    assert set(inside) == {"mine", "left"} and inside[:2] == ["mine", "left"]
 
 
 def test_contenders_have_copies_of_the_same_weights() -> None:

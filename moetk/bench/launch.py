@@ -140,4 +140,4 @@ def _let_go(pool: tuple[int, int]) -> None:
         torch._C._cuda_endAllocateToPool(device, pool)
         torch._C._cuda_releasePool(device, pool)
     with torch.cuda.graph(torch.cuda.CUDAGraph(), stream=torch.cuda.current_stream()):
-        torch.zeros(1, device="cuda")  # one that ends well lets the generator go
+        torch.zeros(1, device=device)  # a capture that ends well lets the generator go

@@ -117,25 +117,32 @@ class _Entry:
     both: Step = field(init=False)
 
     def make_ready(self, grads: str, launch: Launch) -> None:
-        self.forward = launch.ready(Step(self._inference))
-        self.both = launch.ready(Step(self._both, self._drop if grads == "fresh" else nothing))
-
-    def _inference(self) -> Tensor:
-        with torch.no_grad():
-            y: Tensor = self.layer(self.x)
-        return y
-
-    def _both(self) -> Tensor:
-        y: Tensor = self.layer(self.x)
-        y.backward(self.dy)
-        return y.detach()
-
-    def _drop(self) -> None:
-        self.layer.zero_grad(set_to_none=True)
-        self.x.grad = None
+        forward, both = _steps(self.layer, self.x, self.dy, fresh=grads == "fresh")
+        self.forward, self.both = launch.ready(forward), launch.ready(both)
 
     def leaves(self) -> list[Tensor]:
         return [self.x, *self.layer.parameters()]
+
+
+def _steps(layer: nn.Module, x: Tensor, dy: Tensor, *, fresh: bool) -> tuple[Step, Step]:
+    """Forward alone, and forward and backward. They hold no entry, which holds them: in a circle
+    its memory would wait for the garbage collector while the next case is built."""
+
+    def forward() -> Tensor:
+        with torch.no_grad():
+            y: Tensor = layer(x)
+        return y
+
+    def both() -> Tensor:
+        y: Tensor = layer(x)
+        y.backward(dy)
+        return y.detach()
+
+    def drop() -> None:
+        layer.zero_grad(set_to_none=True)
+        x.grad = None
+
+    return Step(forward), Step(both, drop if fresh else nothing)
 
 
 def measure_layer(

@@ -1,0 +1,237 @@
+"""How steps are launched. CUDA graphs are stood in for by a recording of torch's operators."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from moetk.bench.contenders import ours, stock
+from moetk.bench.launch import CAPTURED, EAGER, ONE_THREAD, Launch, launches
+from moetk.bench.layer import measure_layer, profile_layer
+from moetk.bench.report import layer_rows
+from moetk.errors import ConfigError
+from tests.test_bench_layer import CPU, METER, ScriptedMeter, built, case, printed
+
+
+class Graph(TorchDispatchMode):
+    """As a torch.cuda.CUDAGraph: a replay runs the same operators on the same tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operators: list[tuple[Any, Any, Any, Any]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self.operators.append((func, args, kwargs or {}, out))
+        return out
+
+    @torch.no_grad()
+    def replay(self) -> None:
+        for func, args, kwargs, out in self.operators:
+            again = tree_leaves(func(*args, **kwargs))
+            for kept, new in zip(tree_leaves(out), again, strict=True):
+                if isinstance(kept, Tensor) and kept.data_ptr() != new.data_ptr():
+                    kept.copy_(new)
+
+
+class Side:
+    def wait_stream(self, other: object) -> None:
+        assert other == "default"
+
+
+class Driver:
+    """The part of torch.cuda that a capture uses, and the state that it leaves behind."""
+
+    def __init__(self) -> None:
+        self.stream: object = "default"
+        self.pools: list[str] = []
+        self.recording: set[object] = set()
+        self.generator_waits = False
+        self.broken = False
+
+    def current_stream(self) -> Any:
+        return self.stream
+
+    @contextmanager
+    def on(self, stream: Any) -> Iterator[None]:
+        before, self.stream = self.stream, stream
+        try:
+            yield
+        finally:
+            self.stream = before
+
+    def graph_pool_handle(self) -> str:
+        self.pools.append(f"pool {len(self.pools)}")
+        return self.pools[-1]
+
+    def graph(self, graph: Graph, pool: object = None, stream: Any = None) -> Any:
+        assert stream is self.stream and stream != "default"
+        return Capture(self, graph, pool or object())
+
+    def end(self, device: int, pool: object) -> None:
+        if pool not in self.recording:
+            raise RuntimeError("not currently recording to mempool_id")
+        self.recording.remove(pool)
+
+
+class Capture:
+    """As torch.cuda.graph: on its own stream, which it leaves current where it cannot be ended;
+    then the allocator goes on recording and the generator waits."""
+
+    def __init__(self, driver: Driver, graph: Graph, pool: object) -> None:
+        self.driver, self.graph, self.pool = driver, graph, pool
+
+    def __enter__(self) -> None:
+        assert not self.driver.recording
+        self.driver.recording.add(self.pool)
+        self.driver.generator_waits = True
+        self.graph.__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        self.graph.__exit__(*error)
+        if self.driver.broken:
+            self.driver.broken = False
+            self.driver.stream = "the capture's"
+            raise RuntimeError("operation failed due to a previous error during capture")
+        self.driver.recording.remove(self.pool)
+        self.driver.generator_waits = False
+
+
+@pytest.fixture
+def driver(monkeypatch: pytest.MonkeyPatch) -> Driver:
+    made = Driver()
+    monkeypatch.setattr(torch.cuda, "Stream", Side)
+    for name in ("current_stream", "graph_pool_handle", "graph"):
+        monkeypatch.setattr(torch.cuda, name, getattr(made, name))
+    monkeypatch.setattr(torch.cuda, "stream", made.on)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: "cpu")
+    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", made.end, raising=False)
+    monkeypatch.setattr(torch._C, "_cuda_releasePool", lambda *_: None, raising=False)
+    return made
+
+
+def when(happens: Callable[[], bool], change: Callable[[Tensor], Tensor]) -> Callable[[Any], None]:
+    """A block whose output changes when something happens."""
+
+    def give(block: Any) -> None:
+        block.register_forward_hook(lambda _, __, y: change(y) if happens() else None)
+
+    return give
+
+
+@pytest.mark.parametrize("grads", ["accumulate", "fresh"])
+def test_replays_are_checked_and_timed(driver: Driver, grads: str) -> None:
+    mine = [stock(), ours("grouped")]
+    report = measure_layer(case(grads=grads, launch=CAPTURED), mine, METER, rounds=2)
+    for result in report.results:
+        assert result.error is None and result.wrong is None
+        assert len(result.errors) == 5 and max(result.errors.values()) < 1e-6
+        assert len(result.forward) == len(result.both) == 2
+    assert len(driver.pools) == len(set(driver.pools)) == 4  # forward, and forward with backward
+    assert {row.launch for row in layer_rows(report)} == {"captured"}
+    assert "dtype=float32 launch=captured: largest load" in printed(report)
+
+
+def test_replays_add_to_the_gradients_that_are_there(driver: Driver) -> None:
+    """Three replays and two that count add five times; fresh gradients are written anew."""
+    kept: list[Any] = []
+    for grads in ("accumulate", "fresh"):
+        contenders = [stock(), built(kept.append)]
+        measure_layer(case(grads=grads, launch=CAPTURED), contenders, METER, rounds=2)
+    accumulated, fresh = (block.gate.weight.grad for block in kept)
+    assert fresh.any()
+    assert torch.allclose(accumulated, 5 * fresh, rtol=1e-4, atol=1e-6)
+
+
+def test_a_replay_that_differs_from_the_eager_step_is_wrong(driver: Driver) -> None:
+    changed = built(when(lambda: bool(driver.recording), lambda y: y * 1.01))
+    report = measure_layer(case(), [stock(), changed], METER, rounds=1)
+    assert report.results[1].wrong is None
+    report = measure_layer(case(launch=CAPTURED), [stock(), changed], METER, rounds=1)
+    assert str(report.results[1].wrong).startswith("WRONG: ")
+
+
+@pytest.mark.parametrize("broken", [True, False], ids=["the capture breaks", "the call raises"])
+@pytest.mark.parametrize("place", [0, 1])
+def test_who_cannot_be_captured_says_why(driver: Driver, broken: bool, place: int) -> None:
+    """As a baseline too; the others go on, held to what the eager baseline computes."""
+
+    def waits(y: Tensor) -> Tensor:
+        driver.broken = broken
+        try:
+            raise KeyError("what a library tries first")
+        except KeyError:
+            raise RuntimeError("operation not permitted when stream is capturing")  # noqa: B904
+
+    mine = [ours("reference"), ours("grouped")]
+    mine.insert(place, built(when(lambda: bool(driver.recording), waits)))
+    results = measure_layer(case(launch=CAPTURED), mine, METER, rounds=1).results
+    failed = results.pop(place)
+    assert failed.error == "RuntimeError: operation not permitted when stream is capturing"
+    assert not failed.both and not failed.errors
+    for result in results:
+        assert result.error is None and result.wrong is None
+        assert len(result.both) == 1 and max(result.errors.values()) < 1e-6
+    assert driver.stream == "default" and not driver.recording and not driver.generator_waits
+
+
+def test_a_replay_allocates_nothing(driver: Driver) -> None:
+    result = measure_layer(case(launch=CAPTURED), [stock()], ScriptedMeter(), 1).results[0]
+    assert result.error is None and (result.saved, result.peak) == (None, None)
+
+
+@pytest.mark.parametrize("launch", [EAGER, ONE_THREAD, CAPTURED])
+def test_layers_are_free_when_they_are_measured(driver: Driver, launch: Launch) -> None:
+    """At once: the next case's are built before anybody collects circles."""
+    alive: list[weakref.ref[Any]] = []
+    watched = built(lambda block: alive.append(weakref.ref(block)))
+    gc.collect()
+    gc.disable()
+    try:
+        measure_layer(case(launch=launch), [stock(), watched], METER, rounds=1)
+        assert [reference() for reference in alive] == [None]
+    finally:
+        gc.enable()
+
+
+def test_a_replay_has_a_profile(driver: Driver) -> None:
+    found = profile_layer(case(launch=CAPTURED), stock(), METER)
+    assert "aten::copy_" in {kernel.name for kernel in found.kernels}
+
+
+def test_backward_in_the_calling_thread() -> None:
+    seen: list[bool] = []
+
+    def look(block: Any) -> None:
+        def note(_: Tensor) -> None:
+            seen.append(torch._C._is_multithreading_enabled())
+
+        block.gate.weight.register_hook(note)
+
+    for launch, expected in ((EAGER, True), (ONE_THREAD, False)):
+        report = measure_layer(case(launch=launch), [stock(), built(look)], METER, rounds=1)
+        assert [result.wrong for result in report.results] == [None, None]
+        assert seen and set(seen) == {expected}
+        assert {row.launch for row in layer_rows(report)} == {launch.name}
+        seen.clear()
+    assert torch._C._is_multithreading_enabled()
+
+
+def test_launches_that_are_wanted() -> None:
+    cuda = torch.device("cuda")
+    assert launches(CPU, one_thread=False, captured=False) == [EAGER]
+    every = launches(cuda, one_thread=True, captured=True)
+    assert every == [EAGER, ONE_THREAD, CAPTURED]
+    assert [launch.name for launch in every] == ["eager", "one-thread", "captured"]
+    with pytest.raises(ConfigError, match="--captured records CUDA graphs; device cpu has none"):
+        launches(CPU, one_thread=False, captured=True)

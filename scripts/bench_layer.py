@@ -2,6 +2,7 @@
 
     python scripts/bench_layer.py --tokens 256,4096,16384 --routing balanced,zipf,same --figures \
         --out scripts/results
+    python scripts/bench_layer.py --tokens 256,4096 --captured --one-thread --out scripts/results
 
 The options are those of  moetk bench layer --help.
 """

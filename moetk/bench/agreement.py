@@ -128,8 +128,8 @@ def verdict(
     length: of the longest sum, whose rounding is allowed to everyone. operands: what the products
     read, where that is narrower than dtype. A sum of products of rounded numbers is relatively as
     far off as each of them is, however long it is, and what comes out depends on a handful of
-    roundings: two of that format's are allowed (e4m3: 0.125; right ones measure 0.066 to 0.094,
-    with e5m2 for gradients too).
+    roundings: two of that format's are allowed (e4m3: 0.125; Transformer Engine 2.12 on one H200
+    has 0.066 to 0.094, with e5m2 for gradients too).
     """
     accumulated = torch.promote_types(dtype, torch.float32)
     floor = torch.finfo(accumulated).eps * length**0.5

@@ -1,8 +1,7 @@
 """How a step gets to the device: kernel by kernel as Python runs it, or replayed from a CUDA graph.
 
-A small layer is as slow as its launches: Qwen3's at 256 tokens has 1.4 ms of kernels and takes
-more, most of it Python. The other ways take parts of the host away, and so say what the kernels
-take.
+A small layer is as slow as its launches: moetk's of Qwen3's shape took 2.1 ms at 256 tokens on one
+H200, 1.4 of them in kernels. The other ways take parts of the host's time away.
 """
 
 from __future__ import annotations
@@ -61,8 +60,8 @@ class Eager:
 
 @dataclass(frozen=True)
 class OneThread:
-    """Backward in the calling thread. autograd has a thread for each device; on a virtual machine
-    the way there and back costs about 0.5 ms."""
+    """Backward in the calling thread. autograd has a thread for each device; on the virtual machine
+    of that H200 the way there and back cost about 0.5 ms."""
 
     name: str = "one-thread"
     allocates: bool = True

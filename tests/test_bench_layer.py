@@ -209,6 +209,18 @@ def test_a_wrong_contender_is_called_wrong() -> None:
         assert "changed: WRONG" in printed(report)
 
 
+def test_nobody_is_right_beside_a_baseline_that_failed() -> None:
+    def leave_out(block: Any) -> None:
+        raise RuntimeError("not installed")
+
+    report = measure_layer(case(), [built(leave_out), stock()], METER, rounds=1)
+    assert report.results[0].error == "RuntimeError: not installed"
+    assert report.results[1].error is None and len(report.results[1].both) == 1
+    assert report.results[1].wrong == "WRONG or not: changed failed, nothing to hold it to"
+    alone = measure_layer(case(), [built(leave_out)], METER, rounds=1)
+    assert "changed: RuntimeError: not installed" in printed(alone)
+
+
 def test_gradients_accumulate_or_are_fresh() -> None:
     """After n steps with the same dy the gate's gradient is n-fold, or the last step's."""
     kept: list[Any] = []

@@ -165,7 +165,7 @@ def measure_layer(
             x = x_TH.detach()[None].requires_grad_()
             entries.append(_Entry(contender, result, layer.train(), x, dy_TH[None]))
     truth = truth_that_fits(block, x_TH, dy_TH, meter)
-    _check(case, entries, truth, meter)
+    _check(case, entries, contenders[0], truth, meter)
     checked, border_share = len(truth.rows_T), truth.border_share
     del model, block, truth
     meter.release()
@@ -206,8 +206,10 @@ def _inputs(case: LayerCase, device: torch.device) -> tuple[Any, Tensor, Tensor]
     return model, x_TH, dy_TH
 
 
-def _check(case: LayerCase, entries: Sequence[_Entry], truth: Truth, meter: Meter) -> None:
-    """Errors and verdicts of the very steps that will be timed."""
+def _check(
+    case: LayerCase, entries: Sequence[_Entry], first: Contender, truth: Truth, meter: Meter
+) -> None:
+    """Errors of the very steps that will be timed, and verdicts by those of `first`."""
 
     def errors(entry: _Entry, launch: Launch) -> dict[str, float]:
         entry.make_ready(case.grads, launch)
@@ -216,11 +218,13 @@ def _check(case: LayerCase, entries: Sequence[_Entry], truth: Truth, meter: Mete
     for entry in entries:
         call = partial(errors, entry, case.launch)
         entry.result.errors = _guarded(entry.result, call, meter) or {}
-    first, *_ = entries
-    baseline = first.result.errors
-    if not baseline:  # it cannot be launched this way; the others are held to what it computes
-        aside = LayerResult(first.result.name)
-        baseline = _guarded(aside, partial(errors, first, EAGER), meter)
+    baseline: dict[str, float] = {}
+    for entry in entries:
+        if entry.contender is first:
+            baseline = entry.result.errors
+            if not baseline:  # not launched this way; the others are held to what it computes
+                aside, call = LayerResult(first.name), partial(errors, entry, EAGER)
+                baseline = _guarded(aside, call, meter) or {}
     shape, dtype = case.shape, case.dtype
     longest = max(shape.hidden_size, shape.intermediate_size, len(truth.rows_T))
     for entry in entries:
@@ -228,7 +232,7 @@ def _check(case: LayerCase, entries: Sequence[_Entry], truth: Truth, meter: Mete
         if mine and baseline:
             entry.result.wrong = verdict(mine, baseline, dtype, longest, operands)
         elif mine:
-            entry.result.wrong = f"WRONG or not: {first.result.name} failed, nothing to hold it to"
+            entry.result.wrong = f"WRONG or not: {first.name} failed, nothing to hold it to"
 
 
 def _time(entries: Sequence[_Entry], rounds: int, meter: Meter) -> None:

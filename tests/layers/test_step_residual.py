@@ -13,6 +13,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 
 from moetk.kernels.norm import added_rms_norm, forked_rms_norm
 from moetk.layers.step import residual as part
@@ -21,6 +24,7 @@ from moetk.layers.step.joined import joined
 from moetk.layers.step.under import stock_class
 from tests.interpreted import outcomes_of, tell
 from tests.layers.stock import assert_bitwise, assert_equal, checkpointed, step, stock
+from tests.parallel.ranks import run_on_ranks
 from tests.tiny import FAMILIES, ids
 
 BF16 = torch.bfloat16
@@ -244,6 +248,42 @@ def test_compiles_to_one_graph() -> None:
         found.append({"y": y.detach(), "dx": torch.autograd.grad(y.sum(), x)[0]})
     torch._dynamo.reset()
     assert_equal(*found, bound=1e-6)
+
+
+def sped_up_on_a_rank(rank: int) -> None:
+    """Under DDP and FSDP2, sped up before or after; FSDP2 may hold a norm by itself: by a hook."""
+    want = gradients_of(single())
+    for hold in (DistributedDataParallel, sharded, partial(sharded, norms=True)):
+        for first in (True, False):
+            model = single()
+            if first:
+                speed_up(model, loss=False)
+            held: Any = hold(model)
+            if not first:
+                speed_up(held, loss=False)
+            left = isinstance(hold, partial)
+            assert_equal(gradients_of(held), want, bound=1e-4)
+            text = explained(model)
+            assert ("post_attention_layernorm is hooked and must be called" in text) == left
+            assert "moetk, plain torch: input_layernorm and the stream beside it" in text
+
+
+def gradients_of(held: Any) -> dict[str, Tensor]:
+    step(held)
+    found = {n.removeprefix("module."): p.grad for n, p in held.named_parameters()}
+    return {n: g.full_tensor() if isinstance(g, DTensor) else g for n, g in found.items()}
+
+
+def sharded(model: Any, norms: bool = False) -> Any:
+    for layer in model.model.layers:
+        if norms:
+            fully_shard(layer.post_attention_layernorm)
+        fully_shard(layer)
+    return fully_shard(model)
+
+
+def test_two_ranks() -> None:
+    run_on_ranks(sped_up_on_a_rank)
 
 
 # The forward, rewritten.

@@ -1,6 +1,6 @@
 """A decoder layer's forward with each norm and the residual stream beside it as one call.
 
-What transformers writes, in families and versions without number, is
+What transformers writes, in one family as in the other, is
 
     residual = hidden_states
     hidden_states = self.input_layernorm(hidden_states)
@@ -80,10 +80,9 @@ def joined(read: Callable[..., Any]) -> Joined:
 
 def _below_checkpointing(forward: Any) -> Any:
     """Without transformers' wrapper, which each class gets anew, the shell's too."""
-    function: Any = forward
     while inspect.isfunction(forward) and forward.__code__.co_name == "forward_with_checkpointing":
-        forward = function = function.__wrapped__
-    return function
+        forward = forward.__wrapped__  # type: ignore[attr-defined]
+    return forward
 
 
 class _NotPlain(Exception):
@@ -103,16 +102,15 @@ def _text(function: Any) -> str:
         raise _NotPlain("its forward is decorated, or reads variables around it")
     if any(map(_writes, ast.walk(written))):
         raise _NotPlain("its forward may write into the residual stream")
-    if _words(_function(source, function)) != _words(function):
+    if _names(_function(source, function)) != _names(function):
         raise _NotPlain("its forward is not what its source says")
     return ast.unparse(written)
 
 
-def _words(function: Any) -> tuple[Any, ...]:
-    """What tells functions apart, but for how they lie in their file: a library that is upgraded
-    under a running process shows another function's source."""
-    code = function.__code__
-    return code.co_varnames, code.co_names, code.co_consts
+def _names(function: Any) -> tuple[Any, ...]:
+    """They tell functions apart, and not where those stand: the source of a library that was
+    upgraded under a running process is another function's. (Code depends on the file around it.)"""
+    return function.__code__.co_varnames, function.__code__.co_names
 
 
 def _writes(node: ast.AST) -> bool:

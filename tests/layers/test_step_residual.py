@@ -307,7 +307,10 @@ class Layer(nn.Module):
 
 class OtherNames(Layer):
     def forward(self, x: Tensor, scale: float = 2.0, *, shift: float = 1.0) -> Tensor:
-        """Names, comments, defaults and blocks are a layer's own."""
+        """Names, comments, defaults and blocks are a layer's own.
+
+        So is what is written over several lines.
+        """
         # kept
         shortcut = x
         x = self.norm(x)

@@ -85,9 +85,9 @@ class Visit:
     def context(self, layer: int, where: object, previous: Routing | None = None) -> RouterContext:
         """The router's view of this visit of decoder layer `layer`."""
         forward, replay = self.forward, self.replayed(layer)
-        # A compiled layer would be compiled anew for every seed, and draws no noise anyway.
+        # A compiled layer would be compiled anew for every seed it looks at, and draws no noise.
         seed = None
-        if forward.seed is not None and not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling() and forward.seed is not None:
             seed = mix(forward.seed, layer, self.call)
         return RouterContext(
             token_ids=forward.token_ids,

@@ -64,7 +64,7 @@ GUESTS = (
     Guest(
         "transformer-engine",
         "transformer_engine",
-        "a peer to measure against",
+        "the te backend, FP8; a peer to measure against",
         'pip install --no-build-isolation "transformer-engine[pytorch]"',
     ),
     Guest(

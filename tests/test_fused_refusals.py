@@ -74,7 +74,7 @@ def hopper(monkeypatch: pytest.MonkeyPatch) -> torch.device:
     """A device of the kind that the kernels need, whose table names `fused`."""
     monkeypatch.setattr(backends_room, "_lacks", lambda device: None)
     row = TableRow("cuda", "bfloat16", float("inf"), "fused", "by this test")
-    monkeypatch.setattr(backends_room, "auto_row", lambda *_: row)
+    monkeypatch.setattr(backends_room, "auto_table", lambda: (row,))
     return torch.device("cuda")
 
 

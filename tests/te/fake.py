@@ -10,11 +10,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.machinery import ModuleSpec
 from types import ModuleType, SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pytest
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    import pytest
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 
@@ -139,7 +141,8 @@ class Block:
 
     def __init__(self, numbers: Tensor, quantizer: Float8BlockQuantizer) -> None:
         assert quantizer.internal and numbers.is_contiguous()
-        shapes = [(128, 128)] * 2 if quantizer.square else [(1, 128), (128, 1)]
+        self.square = quantizer.square
+        shapes = [(128, 128)] * 2 if self.square else [(1, 128), (128, 1)]
         self.copies = [
             _rounded(numbers.float(), shape, quantizer.dtype) if written else None
             for written, shape in zip(quantizer.writes, shapes, strict=True)
@@ -210,6 +213,7 @@ def general_grouped_gemm(
     outs = out[0].split(m_splits) if single_output else out
     biases = bias if bias is not None else [None] * len(A)
     for a, b, made, one in zip(A, B, outs, biases, strict=True):
+        assert not all(isinstance(one, Block) and one.square for one in (a, b))
         left, right = _read(b, layout[1] == "N"), _read(a, layout[0] == "T")
         left = left.T if layout[1] == "T" else left
         right = right.T if layout[0] == "T" else right
@@ -258,10 +262,17 @@ MODULES: dict[str, dict[str, Any]] = {
 }
 
 
-def install(patch: pytest.MonkeyPatch) -> None:
-    """What `import transformer_engine` finds until the patch is undone."""
+def modules() -> dict[str, ModuleType]:
+    """What `sys.modules` holds once it is imported."""
+    made = {}
     for name, contents in MODULES.items():
-        module = ModuleType(name)
+        module = made[name] = ModuleType(name)
         module.__spec__, module.__path__ = ModuleSpec(name, None, is_package=True), []
         vars(module).update(contents)
+    return made
+
+
+def install(patch: pytest.MonkeyPatch) -> None:
+    """What `import transformer_engine` finds until the patch is undone."""
+    for name, module in modules().items():
         patch.setitem(sys.modules, name, module)

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moetk.kernels.direct import on_device_of
 from moetk.kernels.first_order import refuse_second_order
 from moetk.kernels.form import Form
 from moetk.kernels.fused_mlp import addable
@@ -49,13 +50,15 @@ def te_mlp(
 
 
 class _TeMlp(torch.autograd.Function):
+    """Keeps what it was given and the up product."""
+
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Tensor:
-        *tensors, rows, form, numbers, adds = args
-        with torch.cuda.device_of(tensors[0]):
-            y_TH, h_UJ = _forward(*_dense(tensors), rows, form, numbers)
+        *tensors, rows, form, numbers, ctx.adds = args
+        ctx.rest = rows, form, numbers
+        with on_device_of(tensors[0]):
+            y_TH, h_UJ = _forward(*_dense(tensors), *ctx.rest)
         ctx.save_for_backward(h_UJ, *tensors)
-        ctx.rest, ctx.adds = (rows, form, numbers), adds
         return y_TH
 
     @staticmethod
@@ -64,8 +67,9 @@ class _TeMlp(torch.autograd.Function):
         h_UJ, *tensors = ctx.saved_tensors
         into = tuple(addable(weight) if ctx.adds else None for weight in tensors[2:4])
         need = ctx.needs_input_grad[:6]
-        with torch.cuda.device_of(dy_TH):
-            grads = _backward(dense(dy_TH), h_UJ, *_dense(tensors), *ctx.rest, need, into)
+        with on_device_of(dy_TH):
+            given = dense(dy_TH), h_UJ, *_dense(tensors), *ctx.rest
+            grads = _backward(*given, need=need, into=into)
         added = (None, None, *into, None, None)
         left = [grad if there is None else None for grad, there in zip(grads, added, strict=True)]
         return (*left, None, None, None, None)
@@ -110,6 +114,7 @@ def _backward(
     rows: ExpertRows,
     form: Form,
     numbers: Numbers,
+    *,
     need: tuple[bool, ...],
     into: tuple[Tensor | None, ...],
 ) -> list[Tensor | None]:

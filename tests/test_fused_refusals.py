@@ -159,7 +159,7 @@ def test_other_backends_return_gradients_that_may_be_added() -> None:
 def test_gradients_are_not_added_where_several_ranks_run(monkeypatch: pytest.MonkeyPatch) -> None:
     weights, x_TH, _ = a_case(PLAIN)
     monkeypatch.setattr(room, "direct", lambda tensor: True)
-    monkeypatch.setattr(room, "_several_ranks", lambda: True)
+    monkeypatch.setattr(room, "several_ranks", lambda: True)
     with pytest.raises(BackendError, match="several ranks run, and who reduces gradients"):
         room.check_adds(x_TH, weights.up, weights.down)
 

@@ -19,6 +19,7 @@ from moetk.experts.spec import BankSpec, BankWeights
 from moetk.kernels.form import Form
 from moetk.kernels.fused_mlp import experts_mlp
 from moetk.kernels.sort_plan import sort_plan
+from moetk.memo import remembered
 from moetk.routing import Routing, TokenChoice
 
 _NAMES: dict[Callable[..., Any], str] = {F.silu: "silu", F.gelu: "gelu", F.relu: "relu"}
@@ -56,7 +57,7 @@ def fused(spec: BankSpec, weights: BankWeights, x_TH: Tensor, routing: Routing) 
     return y_TH.to(x_TH.dtype)
 
 
-@functools.cache
+@remembered
 def why_not_fused(spec: BankSpec, dtype: torch.dtype) -> str | None:
     """What keeps the fused operator from this spec, or None where it runs."""
     if form_of(spec) is None:
@@ -70,7 +71,7 @@ def why_not_fused(spec: BankSpec, dtype: torch.dtype) -> str | None:
     return None
 
 
-@functools.cache
+@remembered
 def form_of(spec: BankSpec) -> Form | None:
     """The spec as plain values, or None where no kernel computes its activation."""
     activation = spec.activation

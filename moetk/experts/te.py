@@ -17,7 +17,7 @@ from torch import Tensor
 from moetk.errors import BackendError, UnsupportedRoutingError
 from moetk.experts.fused import form_of, why_not_fused
 from moetk.experts.spec import BankSpec, BankWeights
-from moetk.kernels.fused_mlp import check_adds
+from moetk.kernels.fused_mlp import check_adds, several_ranks
 from moetk.kernels.sort_plan import sort_plan
 from moetk.routing import Routing, TokenChoice
 
@@ -99,14 +99,9 @@ def why_not_unasked(device: torch.device) -> str | None:
     if torch.cuda.current_stream(device) != torch.cuda.default_stream(device):
         # What runs in the warm-up of a CUDA graph must be what is captured.
         return "this is a side stream, where CUDA graphs are warmed up, and it cannot be captured"
-    if _several_ranks():
+    if several_ranks():
         return "several ranks run, and its wait for the device holds up what they exchange"
     return None
-
-
-def _several_ranks() -> bool:
-    here = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return here and torch.distributed.get_world_size() > 1
 
 
 @functools.cache

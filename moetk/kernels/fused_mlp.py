@@ -15,7 +15,7 @@ width, J = 2I for gated activations, else I.
 from __future__ import annotations
 
 from dataclasses import astuple
-from typing import Any
+from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor
@@ -90,13 +90,14 @@ def check_adds(x_TH: Tensor, up: Tensor, down: Tensor) -> None:
             why = f"{name} is no parameter but computed (LoRA, a parametrisation)"
         elif weight._backward_hooks or weight._post_accumulate_grad_hooks:
             why = f"{name} has gradient hooks (an optimizer in backward), which would not run"
-        elif _several_ranks():
+        elif several_ranks():
             why = "several ranks run, and who reduces gradients (DDP, FSDP2) waits for them"
         if why:
             raise BackendError(f"add_to_grad=True: {why}. Leave it out: gradients are returned.")
 
 
-def _several_ranks() -> bool:
+def several_ranks() -> bool:
+    """True where torch.distributed runs with more than one."""
     here = torch.distributed.is_available() and torch.distributed.is_initialized()
     return here and torch.distributed.get_world_size() > 1
 
@@ -154,9 +155,12 @@ _ARGS = (
 _FIRST_ORDER = 'backend="fused"', 'backend="reference"'
 
 
-def _read(args: tuple[Any, ...]) -> tuple[tuple[Any, ...], SortPlan, Form]:
+_Tensors: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
+
+
+def _read(args: tuple[Any, ...]) -> tuple[_Tensors, SortPlan, Form]:
     """What `_ARGS` names: x, weights, the matrices and their biases; the plan; the form."""
-    return args[:6], SortPlan(*args[6:10]), Form(*args[10:16])
+    return cast(_Tensors, args[:6]), SortPlan(*args[6:10]), Form(*args[10:16])
 
 
 @torch.library.custom_op(

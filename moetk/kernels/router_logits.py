@@ -121,7 +121,8 @@ class _Direct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_TH: Tensor, weight_EH: Tensor) -> Tensor:
         ctx.save_for_backward(x_TH, weight_EH)
-        return _on_gpu(x_TH, weight_EH)
+        logits_TE: Tensor = _on_gpu(x_TH, weight_EH)
+        return logits_TE
 
     @staticmethod
     def backward(ctx: Any, dlogits_TE: Tensor) -> tuple[Tensor | None, Tensor | None]:

@@ -46,10 +46,11 @@ def there(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
 
 @pytest.fixture
 def listed(there: pytest.MonkeyPatch, tmp_path: Path) -> pytest.MonkeyPatch:
-    """The shipped table, with a row for te before all others."""
+    """The shipped table, with a row for te of other bounds before all others."""
     shipped = (Path(moetk.__file__).parent / "experts" / "auto_table.csv").read_text()
-    header, rest = shipped.split("\n", 1)
-    (tmp_path / "auto_table.csv").write_text(f"{header}\n{LINE}{rest}")
+    header, *rows = shipped.splitlines(keepends=True)
+    others = [row for row in rows if ",te," not in row]
+    (tmp_path / "auto_table.csv").write_text("".join([header, LINE, *others]))
     there.setattr(backends_room, "files", lambda package: tmp_path)
     backends_room._read_table.cache_clear()
     yield there
@@ -69,9 +70,10 @@ def by_name(spec: BankSpec = MIXTRAL, routing: type = TokenChoice) -> str:
     return pick_backend("te", BF16, CUDA, ROWS, spec=spec, routing=routing).name
 
 
-def test_the_shipped_table_leaves_it_to_who_asks(there: pytest.MonkeyPatch) -> None:
-    assert all(row.backend != "te" for row in auto_table())
-    assert auto() == "fused" and by_name() == "te"
+def test_the_shipped_table_takes_it_for_mixtral_alone(there: pytest.MonkeyPatch) -> None:
+    deepseek = BankSpec(32, 7168, 2048)
+    assert auto() == "te" and auto(deepseek, 2**17) == auto(THIN, 2**17) == "fused"
+    assert by_name(deepseek) == "te"
 
 
 def test_auto_takes_it_for_many_rows_of_fat_experts(listed: pytest.MonkeyPatch) -> None:

@@ -36,7 +36,10 @@ def _forward(
     ROUNDS_FIRST: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """y = norm(x), or where there is a branch: sum = x + branch, y = norm(sum)."""
+    """y = norm(x), or where there is a branch: sum = x + branch, y = norm(sum).
+
+    torch.compile hands numbers over as fp64, in which all that follows would be computed.
+    """
     start = tl.program_id(0).to(tl.int64) * W
     c = tl.arange(0, BLOCK)
     x = tl.load(x_ptr + start + c, mask=c < W, other=0.0).to(tl.float32)
@@ -46,7 +49,7 @@ def _forward(
         tl.store(sum_ptr + start + c, x, mask=c < W)
         x = x.to(tl.float32)
     weight = tl.load(weight_ptr + c, mask=c < W, other=0.0).to(tl.float32) + OFFSET
-    normed = x * tl.rsqrt(tl.sum(x * x, 0) / W + eps)
+    normed = x * tl.rsqrt(tl.sum(x * x, 0) / W + tl.cast(eps, tl.float32))
     if ROUNDS_FIRST:
         normed = normed.to(y_ptr.dtype.element_ty).to(tl.float32)
     tl.store(y_ptr + start + c, (normed * weight).to(y_ptr.dtype.element_ty), mask=c < W)
@@ -77,7 +80,7 @@ def _backward(
         dstream = 0.0
         if dstream_ptr is not None:  # asked for before the sums, which wait for all lanes
             dstream = tl.load(dstream_ptr + row * W + c, mask=c < W, other=0.0).to(tl.float32)
-        scale = tl.rsqrt(tl.sum(x * x, 0) / W + eps)
+        scale = tl.rsqrt(tl.sum(x * x, 0) / W + tl.cast(eps, tl.float32))
         normed = x * scale
         dweight += dy * normed
         dnormed = dy * weight

@@ -107,7 +107,7 @@ def _forward_one(
     x1, x2 = _heads(x_ptr, start, N, HD, NP, DP)
     if NORM != "none":
         w1, w2 = _weight(weight_ptr, NORM, N, HD, NP, DP)
-        scale = tl.rsqrt(_mean(x1 * x1, x2 * x2, NORM, N, HD) + eps)
+        scale = tl.rsqrt(_mean(x1 * x1, x2 * x2, NORM, N, HD) + tl.cast(eps, tl.float32))
         x1 = x1 * scale * w1
         x2 = x2 * scale * w2
     _store(y_ptr, start, x1 * cos1 - x2 * sin1, x2 * cos2 + x1 * sin2, N, HD, NP, DP)
@@ -174,7 +174,7 @@ def _backward_one(
     g2 = y2 * cos2 - y1 * sin1
     if NORM != "none":
         x1, x2 = _heads(x_ptr, start, N, HD, NP, DP)
-        scale = tl.rsqrt(_mean(x1 * x1, x2 * x2, NORM, N, HD) + eps)
+        scale = tl.rsqrt(_mean(x1 * x1, x2 * x2, NORM, N, HD) + tl.cast(eps, tl.float32))
         x1 *= scale
         x2 *= scale
         dw1 += g1 * x1

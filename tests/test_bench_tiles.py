@@ -51,11 +51,11 @@ def test_a_tuned_table_is_read_back(tmp_path, monkeypatch):
     write_choices(written, [choice], World(*[""] * len(World.__dataclass_fields__)))
     monkeypatch.setenv("MOETK_TILES", str(written))
     tiles.tile_table.cache_clear()
-    tiles._nearest.cache_clear()
+    tiles.tile_for.cache_clear()
     try:
         assert tiles.tile_for("up", 131072, 128, 768, 2048) == candidate.tile
         with pytest.raises(BackendError, match="no row for the kernel 'down'"):
             tiles.tile_for("down", 131072, 128, 2048, 768)
     finally:
         tiles.tile_table.cache_clear()
-        tiles._nearest.cache_clear()
+        tiles.tile_for.cache_clear()

@@ -257,7 +257,7 @@ COUNTS = {
 NOBODYS = 3  # rows behind the last offset
 
 
-def products(counts: list[int]) -> None:
+def products(counts: list[int], a: int, b: int) -> None:
     """Each product alone over these segments, with NaN wherever it has no business."""
     from moetk.kernels.gpu.combine import segment_sum
     from moetk.kernels.gpu.outer import outer
@@ -266,11 +266,11 @@ def products(counts: list[int]) -> None:
 
     torch.manual_seed(0)
     offsets_E, used = torch.tensor(counts).cumsum(0).int(), sum(counts)
-    x_TA, other_NB = normal(used + 4, 20), normal(used + NOBODYS, 24)
+    x_TA, other_NB = normal(used + 4, a), normal(used + NOBODYS, b)
     x_TA[-1], other_NB[used:] = float("nan"), float("nan")
     source_N = torch.cat([torch.randperm(used + 3)[:used], torch.full((NOBODYS,), used + 3)]).int()
-    rows_NA, bias_EB = x_TA[source_N.long()], normal(len(counts), 24)
-    weights_EAB = normal(len(counts), 20, 24)
+    rows_NA, bias_EB = x_TA[source_N.long()], normal(len(counts), b)
+    weights_EAB = normal(len(counts), a, b)
     clean_NA, clean_NB = rows_NA.clone(), other_NB.clone()
     clean_NA[used:], clean_NB[used:] = 0, 0
 
@@ -279,7 +279,8 @@ def products(counts: list[int]) -> None:
     want_EAB = grouped_outer(clean_NA, clean_NB, offsets_E)
     for tile, first in (
         (Tile(16, 16, 16, 4, 2, group=2), False),
-        (Tile(32, 16, 16, 4, 2, group=1, per_sm=2), True),
+        (Tile(32, 16, 16, 4, 2, group=1, per_sm=2, tail=16), True),
+        (Tile(16, 16, 16, 4, 2, per_sm=1), False),
     ):
         held = weights_EAB.transpose(1, 2).contiguous() if first else weights_EAB
         how = {"columns_first": first, "bias_EB": bias_EB, "tile": tile}
@@ -290,16 +291,15 @@ def products(counts: list[int]) -> None:
             near(found_NB[:used], want_NB)
             assert found_NB[used:].isnan().all()  # as poisoned memory was: nothing wrote there
         gathered = {"tile": tile, "source_N": source_N}
-        found = [
-            outer("dup", rows_NA, other_NB, offsets_E, tile=tile),
-            outer("dup", x_TA, other_NB, offsets_E, gather="left", **gathered),
-            outer("dup", other_NB, x_TA, offsets_E, gather="right", **gathered).transpose(1, 2),
-        ]
-        for found_EAB in found:
-            near(found_EAB, want_EAB)
-        into_EAB = torch.ones_like(want_EAB)
-        assert outer("dup", rows_NA, other_NB, offsets_E, tile=tile, into_EAB=into_EAB) is into_EAB
-        near(into_EAB, want_EAB + 1)
+        for left, right, options, want in (
+            (rows_NA, other_NB, {"tile": tile}, want_EAB),
+            (x_TA, other_NB, {"gather": "left", **gathered}, want_EAB),
+            (other_NB, x_TA, {"gather": "right", **gathered}, want_EAB.transpose(1, 2)),
+        ):
+            near(outer("dup", left, right, offsets_E, **options), want)
+            into = torch.ones_like(want, memory_format=torch.contiguous_format)
+            assert outer("dup", left, right, offsets_E, into_EAB=into, **options) is into
+            near(into, want + 1)
     near(segment_sum(other_NB, offsets_E), twin.segment_sum(clean_NB, offsets_E))
 
 
@@ -322,7 +322,10 @@ def the_table_of_tiles() -> None:
                 assert size >= 16 and size & (size - 1) == 0, (kernel, tile)
             assert tile.warps in (4, 8) and tile.stages >= 1 and tile.group >= 1
             right = tile.k * tile.n * (2 if kernel == "up" else 1)  # gate and up side by side
-            assert (tile.m * tile.k + right) * 2 * tile.stages <= SHARED_MEMORY, (kernel, tile)
+            staged = tile.m * tile.k + right
+            if tile.per_sm and kernel.startswith("d") and "_" in kernel:  # a walk along the sum
+                staged = right + tile.m * tile.n
+            assert staged * 2 * tile.stages <= SHARED_MEMORY, (kernel, tile)
         tiles = {tile for *_, tile in entries}
         for experts in (1, 2, 7, 128, 1000, 1024):
             for power in range(0, 21, 4):
@@ -370,7 +373,11 @@ CASES: dict[str, Callable[[], None]] = {
     "layer: one gradient alone": one_gradient_alone,
     "layer: added gradients": partial(added_gradients, False),
     "layer: added gradients, transposed": partial(added_gradients, True),
-    **{f"products: {name}": partial(products, counts) for name, counts in COUNTS.items()},
+    **{
+        f"products: {name}, {a} by {b}": partial(products, counts, a, b)
+        for name, counts in COUNTS.items()
+        for a, b in ((20, 24), (32, 48))
+    },
     "tiles": the_table_of_tiles,
     "tiles: kernels": the_kernels_of_the_table,
 }

@@ -154,12 +154,14 @@ def _runs(shape: LayerShape, tokens: int) -> dict[str, Callable[[Tile], object]]
     }
 
 
-# (m, n, k, warps, stages, group, programs on a multiprocessor). For "up", n counts columns of the
+# (m, n, k, warps, stages, group, programs on a multiprocessor, tail). For "up", n counts columns of the
 # gate alone: the tile of the product is twice as wide.
 _TRY: dict[tuple[str, str], list[tuple[int, ...]]] = {
     ("up", "many"): [
         (128, 128, 64, 8, 4, 8),
         (128, 128, 64, 8, 4, 16),
+        (128, 128, 64, 8, 4, 16, 0, 64),
+        (128, 128, 64, 8, 4, 8, 0, 64),
         (128, 128, 64, 8, 4, 4),
         (128, 128, 64, 8, 3, 8),
         (128, 64, 64, 4, 3, 8),
@@ -187,6 +189,9 @@ _TRY: dict[tuple[str, str], list[tuple[int, ...]]] = {
     ],
     ("rows", "many"): [
         (128, 256, 64, 8, 3, 4, 1),
+        (128, 256, 64, 8, 3, 4, 1, 64),
+        (128, 256, 64, 8, 3, 16, 1, 64),
+        (64, 256, 32, 4, 4, 8, 2),
         (128, 256, 64, 8, 3, 8, 1),
         (128, 256, 64, 8, 3, 16, 1),
         (128, 256, 64, 8, 3, 8),
@@ -235,6 +240,10 @@ _TRY: dict[tuple[str, str], list[tuple[int, ...]]] = {
         (64, 256, 32, 4, 3, 4),
     ],
     ("outer", "few"): [
+        (64, 128, 32, 4, 4, 4, 1),
+        (64, 128, 32, 4, 3, 4, 1),
+        (128, 128, 32, 4, 3, 4, 1),
+        (64, 64, 32, 4, 4, 4, 1),
         (128, 128, 16, 4, 2, 4),
         (64, 256, 16, 4, 2, 4),
         (64, 128, 16, 4, 2, 8),

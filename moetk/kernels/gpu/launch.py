@@ -1,22 +1,45 @@
 """Launch a Triton kernel with little work on the host.
 
-Triton looks at every argument of every launch to find the code that was compiled for it, which
-takes tens of microseconds; a layer at 256 tokens runs a dozen kernels in one millisecond. What
-decides is little, and is looked at here: dtypes, whether pointers are aligned, the constants.
+Triton looks at every argument of every launch to find the code that was compiled for it, asks the
+driver about every pointer, and describes every tensor to the copy engine anew, which takes tens of
+microseconds; a layer at 256 tokens runs a dozen kernels in one millisecond. What decides is little,
+and is looked at here: dtypes, whether pointers are aligned, the constants.
 """
 
 from __future__ import annotations
 
 import threading
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 from triton import knobs
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-_compiled: dict[tuple[Any, ...], Any] = {}
+
+class Tiled(NamedTuple):
+    """A dense tensor, read as one of `shape` and moved by the copy engine in tiles of `block`.
+
+    The tensor starts at a multiple of 16 bytes, and so does each row (`dense` sees to the former,
+    the bank's sizes to the latter).
+    """
+
+    base: Tensor
+    shape: tuple[int, ...]
+    block: tuple[int, ...]
+
+    def descriptor(self) -> TensorDescriptor:
+        strides = [1]
+        for size in self.shape[:0:-1]:
+            strides.insert(0, strides[0] * size)
+        return TensorDescriptor(self.base, list(self.shape), strides, list(self.block))
+
+
+INTERPRETED = bool(knobs.runtime.interpret)
+_compiled: dict[tuple[Any, ...], _Compiled] = {}
 _thread = threading.local()
 
 
@@ -31,12 +54,12 @@ def launch(
 ) -> None:
     """kernel[grid](*args, *constants, num_warps=warps, num_stages=stages) on the current stream.
 
-    args: tensors, descriptors, numbers and None, in the kernel's order; constants: what its
+    args: tensors, `Tiled` ones, numbers and None, in the kernel's order; constants: what its
     signature has behind them.
     """
     hooks = getattr(knobs.runtime.launch_enter_hook, "calls", None)
     if hooks or not isinstance(kernel, JITFunction):  # a profiler, or the interpreter
-        kernel[grid](*args, *constants, num_warps=warps, num_stages=stages)
+        _by_triton(kernel, grid, args, constants, warps, stages)
         return
     device = torch._C._cuda_getDevice()
     if getattr(_thread, "device", None) != device:
@@ -44,41 +67,129 @@ def launch(
         # launched there; a descriptor cannot be made without one.
         torch.zeros(1, device=device)
         _thread.device = device
-    key = (id(kernel), device, warps, stages, constants, *_kinds(args))
+    kinds: list[Any] = []
+    flat: list[Any] = []
+    addresses = 0
+    for arg in args:
+        kind = type(arg)
+        if kind is Tensor or kind is Parameter:
+            address = arg.data_ptr()
+            addresses |= address
+            kinds.append(arg.dtype)
+            flat.append(address)
+        elif kind is Tiled:
+            addresses |= arg.base.data_ptr()
+            kinds.append(arg.base.dtype)
+            flat.append(arg)
+        else:
+            # What Triton compiles anew for: of a float and of None, that it is one.
+            kinds.append((arg == 1, arg % 16 == 0, arg >= 2**31) if kind is int else kind)
+            flat.append(arg)
+    if addresses % 16:  # rare, and other code: Triton finds it
+        _by_triton(kernel, grid, args, constants, warps, stages)
+        return
+    key = (id(kernel), device, warps, stages, constants, *kinds)
     compiled = _compiled.get(key)
     if compiled is None:
-        _compiled[key] = kernel[grid](*args, *constants, num_warps=warps, num_stages=stages)
+        made = _by_triton(kernel, grid, args, constants, warps, stages)
+        _compiled[key] = _Compiled(made)
         return
-    x, y, z = (*grid, 1, 1)[:3]
-    compiled.run(
-        x,
-        y,
-        z,
-        torch._C._cuda_getCurrentRawStream(device),
-        compiled.function,
-        compiled.packed_metadata,
-        None,
-        None,
-        None,
-        *args,
-        *constants,
-    )
+    stream = torch._C._cuda_getCurrentRawStream(device)
+    compiled.run((*grid, 1, 1)[:3], stream, flat, args, constants)
 
 
-def described(tensor: Tensor, shape: list[int], block: list[int]) -> TensorDescriptor:
-    """A dense tensor, read as one of `shape` and copied in tiles of `block`.
+def _by_triton(
+    kernel: Any,
+    grid: tuple[int, ...],
+    args: Sequence[Any],
+    constants: tuple[Any, ...],
+    warps: int,
+    stages: int,
+) -> Any:
+    return kernel[grid](*_described(args), *constants, num_warps=warps, num_stages=stages)
 
-    The tensor starts at a multiple of 16 bytes, and so does each row (`dense` sees to the former,
-    the bank's sizes to the latter). Made without the checks of TensorDescriptor, which cost more
-    than the launch.
-    """
-    strides = [1]
-    for size in shape[:0:-1]:
-        strides.insert(0, strides[0] * size)
-    made = object.__new__(TensorDescriptor)
-    made.base, made.shape, made.strides = tensor, shape, strides
-    made.block_shape, made.padding = block, "zero"
-    return made
+
+def _described(args: Sequence[Any]) -> list[Any]:
+    return [arg.descriptor() if type(arg) is Tiled else arg for arg in args]
+
+
+class _Compiled:
+    """A compiled kernel, launched below Triton's own looks at its arguments where this knows the
+    Triton at hand."""
+
+    def __init__(self, compiled: Any) -> None:
+        self.compiled = compiled
+        self.head = (compiled.function,)
+        self.tail = (compiled.packed_metadata, None, None, None)
+        below = _below(compiled.run)
+        self.call: Callable[..., None] | None = None
+        if below is not None:
+            launcher = compiled.run
+            self.call, self.tiled = below
+            flags = (launcher.launch_cooperative_grid, launcher.launch_pdl)
+            self.head = (compiled.function, *flags, None, None)
+
+    def run(
+        self,
+        grid: tuple[int, ...],
+        stream: int,
+        flat: list[Any],
+        args: Sequence[Any],
+        constants: tuple[Any, ...],
+    ) -> None:
+        """flat: the args with addresses in place of tensors."""
+        if self.call is None:
+            described = _described(args)
+            self.compiled.run(*grid, stream, *self.head, *self.tail, *described, *constants)
+            return
+        for place, expanded in self.tiled:  # from the last on: the places before stay
+            flat[place : place + 1] = expanded(flat[place])
+        self.call(*grid, stream, *self.head, *self.tail, *flat, *constants)
+
+
+_MOST_REMEMBERED = 4096
+
+
+class _Expanded:
+    """A `Tiled` argument as the compiled kernel takes it: what it tells the copy engine, sizes,
+    strides. Remembered by address and shape, of which it is a function."""
+
+    def __init__(self, expand: Callable[[Any, Any], list[Any]], metadata: Any) -> None:
+        self.expand, self.metadata = expand, metadata
+        self.known: dict[tuple[Any, ...], list[Any]] = {}
+
+    def __call__(self, tiled: Tiled) -> list[Any]:
+        key = (tiled.base.data_ptr(), tiled.shape)
+        found = self.known.get(key)
+        if found is None:
+            if len(self.known) >= _MOST_REMEMBERED:
+                self.known.clear()
+            found = self.known[key] = self.expand(tiled.descriptor(), self.metadata)
+        return found
+
+
+def _below(launcher: Any) -> tuple[Callable[..., None], list[tuple[int, _Expanded]]] | None:
+    """The function that Triton 3.6's CudaLauncher calls in the end, which takes addresses as
+    numbers, and the places of descriptors among its arguments, the last first. None for a launcher
+    that is built otherwise, or that needs memory of its own for a launch."""
+    try:
+        if launcher.global_scratch_size or launcher.profile_scratch_size:
+            return None
+        call = launcher.launch
+        if not hasattr(call, "__code__"):  # a C function: nothing is expanded before it
+            return call, []
+        from triton.backends.nvidia.driver import make_tensordesc_arg
+
+        cells = [cell.cell_contents for cell in call.__closure__]
+        around = dict(zip(call.__code__.co_freevars, cells, strict=True))
+        places = sorted(around["tensordesc_indices"])
+        expanded = [
+            (place, _Expanded(make_tensordesc_arg, metadata))
+            for place, metadata in zip(places, around["tensordesc_meta"], strict=True)
+        ]
+        return around["launcher"], expanded[::-1]
+    except (AttributeError, ImportError, KeyError, TypeError, ValueError):
+        return None
 
 
 def dense(tensor: Tensor) -> Tensor:
@@ -86,21 +197,6 @@ def dense(tensor: Tensor) -> Tensor:
     if tensor.is_contiguous() and tensor.data_ptr() % 16 == 0:
         return tensor
     return tensor.clone(memory_format=torch.contiguous_format)
-
-
-def _kinds(args: tuple[Any, ...]) -> list[Any]:
-    """What Triton specialises code on, for each argument. A descriptor's tile and the value of a
-    float are no part of it: the former is a constant of its kernel as well."""
-    return [
-        (arg.dtype, arg.data_ptr() % 16 == 0)
-        if (kind := type(arg)) is Tensor or kind is torch.nn.Parameter
-        else arg.base.dtype
-        if kind is TensorDescriptor
-        else (arg == 1, arg % 16 == 0, arg >= 2**31)
-        if kind is int
-        else kind
-        for arg in args
-    ]
 
 
 def divided(count: int, block: int) -> int:

@@ -11,8 +11,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moetk.kernels.gpu.launch import described, divided, launch
+from moetk.kernels.gpu.launch import INTERPRETED, Tiled, divided, launch
+from moetk.kernels.gpu.outer_walk import outer_walk
 from moetk.kernels.gpu.tiles import Tile, in_groups, tile_for
+
+_LINE = 64  # numbers of 16 bits in what the cache fetches at once
 
 
 @triton.jit
@@ -28,6 +31,7 @@ def _outer(
     B: tl.constexpr,
     GATHER: tl.constexpr,
     ADD: tl.constexpr,
+    LINE: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
@@ -40,22 +44,32 @@ def _outer(
     pm, pn = in_groups(pid % (num_m * num_n), num_m, num_n, GM)
     start = tl.where(expert > 0, tl.load(offsets_ptr + tl.maximum(expert - 1, 0)), 0)
     end = tl.load(offsets_ptr + expert)
+    if ADD and start == end:
+        return
     k_range = tl.arange(0, BK)
+    m = pm * BM + tl.arange(0, BM)
+    n = pn * BN + tl.arange(0, BN)
+    c = c_ptr + expert.to(tl.int64) * A * B + m[:, None].to(tl.int64) * B + n[None, :]
+    ok = (m < A)[:, None] & (n < B)[None, :]
+    if LINE:
+        # What is added to at the end comes into the cache meanwhile: 128 bytes for each pointer.
+        line = pn * BN + tl.arange(0, BN // LINE) * LINE
+        at = c_ptr + expert.to(tl.int64) * A * B + m[:, None].to(tl.int64) * B + line[None, :]
+        inside = (m < A)[:, None] & (line < B)[None, :]
+        tl.inline_asm_elementwise(
+            "{ .reg .pred p; setp.ne.u32 p, $2, 0; @p prefetch.global.L2 [$1]; mov.u32 $0, 0; }",
+            "=r,l,r",
+            [at.to(tl.int64), inside.to(tl.int32)],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
     width: tl.constexpr = A if GATHER == "left" else B
     columns = pm * BM + tl.arange(0, BM) if GATHER == "left" else pn * BN + tl.arange(0, BN)
     inside = (columns < width)[None, :]
     # A tile that ends with its expert's matrix is moved by the copy engine.
     even: tl.constexpr = A % BM == 0
-    m = pm * BM + tl.arange(0, BM)
-    n = pn * BN + tl.arange(0, BN)
-    c = c_ptr + expert.to(tl.int64) * A * B + m[:, None].to(tl.int64) * B + n[None, :]
-    ok = (m < A)[:, None] & (n < B)[None, :]
-    if not ADD:
-        acc = tl.zeros((BM, BN), tl.float32)
-    elif even:
-        acc = c_desc.load([expert * A + pm * BM, pn * BN]).to(tl.float32)
-    else:
-        acc = tl.load(c, mask=ok, other=0.0).to(tl.float32)
+    acc = tl.zeros((BM, BN), tl.float32)
     whole = start + (end - start) // BK * BK
     for row in range(start, whole, BK):
         if GATHER == "none":
@@ -92,6 +106,10 @@ def _outer(
                 left = tl.where(mine, left_desc.load([whole, pm * BM]), 0.0)
                 right = rows
         acc = tl.dot(left.T, right, acc)
+    if ADD and even:
+        acc += c_desc.load([expert * A + pm * BM, pn * BN]).to(tl.float32)
+    elif ADD:
+        acc += tl.load(c, mask=ok, other=0.0).to(tl.float32)
     if even:
         c_desc.store([expert * A + pm * BM, pn * BN], acc.to(c_ptr.dtype.element_ty))
     else:
@@ -118,35 +136,36 @@ def outer(
     """
     num_experts, a, b = offsets_E.shape[0], left.shape[1], right.shape[1]
     num_rows = (left if gather == "right" else right).shape[0]
-    kernel = kernel if into_EAB is None else f"{kernel}_add"
-    tile = tile or tile_for(kernel, num_rows, num_experts, b, a)
+    adds = into_EAB is not None
+    tile = tile or tile_for(f"{kernel}_add" if adds else kernel, num_rows, num_experts, b, a)
     c_EAB = left.new_empty(num_experts, a, b) if into_EAB is None else into_EAB
-    gathered = left if gather == "left" else right
     # A gathered operand needs no descriptor; the other's stands in for it.
-    left_desc = None if gather == "left" else described(left, [num_rows, a], [tile.k, tile.m])
-    right_desc = None if gather == "right" else described(right, [num_rows, b], [tile.k, tile.n])
+    left_desc = None if gather == "left" else Tiled(left, (num_rows, a), (tile.k, tile.m))
+    right_desc = None if gather == "right" else Tiled(right, (num_rows, b), (tile.k, tile.n))
+    operands = (
+        left_desc or right_desc,
+        right_desc or left_desc,
+        left if gather == "left" else right,
+        offsets_E if source_N is None else source_N,
+        offsets_E,
+    )
+    c_desc = Tiled(c_EAB, (num_experts * a, b), (tile.m, tile.n))
+    if tile.per_sm and a % tile.m == 0:
+        launch(
+            outer_walk,
+            (num_experts * (a // tile.m),),
+            (*operands, c_desc),
+            (a, b, gather, adds, tile.m, tile.n, tile.k, tile.stages),
+            warps=tile.warps,
+            stages=tile.stages,
+        )
+        return c_EAB
+    fetches = adds and gather == "none" and tile.n >= _LINE and not INTERPRETED
     launch(
         _outer,
         (num_experts * divided(a, tile.m) * divided(b, tile.n),),
-        (
-            left_desc or right_desc,
-            right_desc or left_desc,
-            gathered,
-            offsets_E if source_N is None else source_N,
-            offsets_E,
-            c_EAB,
-            described(c_EAB, [num_experts * a, b], [tile.m, tile.n]),
-        ),
-        (
-            a,
-            b,
-            gather,
-            into_EAB is not None,
-            tile.m,
-            tile.n,
-            tile.k,
-            tile.group,
-        ),
+        (*operands, c_EAB, c_desc),
+        (a, b, gather, adds, _LINE if fetches else 0, tile.m, tile.n, tile.k, tile.group),
         warps=tile.warps,
         stages=tile.stages,
     )

@@ -66,7 +66,9 @@ class Tile:
     """One way to run a product: output tile m x n, reduction step k, and the pipeline.
 
     group: rows of tiles side by side. per_sm: programs on each multiprocessor that walk over the
-    tiles, where the kernel can; 0 = one program for each tile.
+    tiles, where the kernel can; 0 = one program for each tile. A sum of outer products knows only
+    whether: its programs walk along a row of tiles each. tail: rows of the smaller tile that
+    an expert's last rows take where they fit into it; 0 = none.
     """
 
     m: int
@@ -76,9 +78,10 @@ class Tile:
     stages: int
     group: int = 8
     per_sm: int = 0
+    tail: int = 0
 
 
-_COLUMNS = ("m", "n", "k", "warps", "stages", "group", "per_sm")
+_COLUMNS = ("m", "n", "k", "warps", "stages", "group", "per_sm", "tail")
 
 
 @functools.cache
@@ -96,7 +99,6 @@ def tile_table() -> dict[str, list[tuple[float, int, int, Tile]]]:
     return table
 
 
-@functools.cache
 def _nearest(kernel: str, rows: float, columns: int, reduction: int) -> Tile:
     def distance(entry: tuple[float, int, int, Tile]) -> float:
         of_rows = abs(math.log2(entry[0] / rows))
@@ -110,6 +112,7 @@ def _nearest(kernel: str, rows: float, columns: int, reduction: int) -> Tile:
     return min(tile_table()[kernel], key=distance)[3]
 
 
+@functools.cache
 def tile_for(kernel: str, num_rows: int, num_experts: int, columns: int, reduction: int) -> Tile:
     """The tile measured nearest to this shape. Rows are taken to the next power of two of an even
     split, so that a handful of tiles serves every batch size and nothing compiles in the middle of

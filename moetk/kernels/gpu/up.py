@@ -8,11 +8,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from moetk.kernels.form import Form
 from moetk.kernels.gpu.activation import _act, gated
-from moetk.kernels.gpu.launch import described, divided, launch
+from moetk.kernels.gpu.launch import Tiled, divided, launch
 from moetk.kernels.gpu.tiles import (
     Tile,
     find_tile,
@@ -24,18 +23,19 @@ from moetk.kernels.gpu.tiles import (
 
 
 @triton.jit
-def _up(
+def _tile(
     x_ptr,
     source_ptr,
     w_desc,
     bias_ptr,
-    offsets_ptr,
     h_ptr,
     a_ptr,
+    expert,
+    first,
+    end,
+    pn,
     H: tl.constexpr,
     I: tl.constexpr,
-    E: tl.constexpr,
-    EP: tl.constexpr,
     NT: tl.constexpr,
     GATED: tl.constexpr,
     SPLIT: tl.constexpr,
@@ -47,16 +47,11 @@ def _up(
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
-    GM: tl.constexpr,
 ):
+    """BM rows from `first` on: their h and a."""
     J: tl.constexpr = 2 * I if GATED else I
     WN: tl.constexpr = 2 * BN if GATED else BN  # columns of one tile of h
-    num_n: tl.constexpr = (I + BN - 1) // BN
-    expert, tile, start, end, num_m = find_tile(offsets_ptr, tl.program_id(0), num_n, E, EP, BM)
-    if expert >= E:
-        return
-    pm, pn = in_groups(tile, num_m, num_n, GM)
-    rows = start + pm * BM + tl.arange(0, BM)
+    rows = first + tl.arange(0, BM)
     # Clamped, not masked: a mask would cost the copies their width; the store has it.
     source = tl.load(source_ptr + tl.minimum(rows, end - 1))
     k_range = tl.arange(0, BK)
@@ -120,16 +115,103 @@ def _up(
     tl.store(a_ptr + r64 * I + columns[None, :], a.to(dtype), mask=ok)
 
 
-def _descriptor(up: Tensor, form: Form, n: int, k: int) -> TensorDescriptor:
+@triton.jit
+def _up(
+    x_ptr,
+    source_ptr,
+    w_desc,
+    bias_ptr,
+    offsets_ptr,
+    h_ptr,
+    a_ptr,
+    H: tl.constexpr,
+    I: tl.constexpr,
+    E: tl.constexpr,
+    EP: tl.constexpr,
+    NT: tl.constexpr,
+    GATED: tl.constexpr,
+    SPLIT: tl.constexpr,
+    BIAS: tl.constexpr,
+    KEEP: tl.constexpr,
+    ACT: tl.constexpr,
+    ALPHA: tl.constexpr,
+    LIMIT: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    GM: tl.constexpr,
+    TAIL: tl.constexpr,
+):
+    num_n: tl.constexpr = (I + BN - 1) // BN
+    expert, tile, start, end, num_m = find_tile(offsets_ptr, tl.program_id(0), num_n, E, EP, BM)
+    if expert >= E:
+        return
+    pm, pn = in_groups(tile, num_m, num_n, GM)
+    first = start + pm * BM
+    if TAIL == 0 or first + TAIL < end:
+        _tile(
+            x_ptr,
+            source_ptr,
+            w_desc,
+            bias_ptr,
+            h_ptr,
+            a_ptr,
+            expert,
+            first,
+            end,
+            pn,
+            H,
+            I,
+            NT,
+            GATED,
+            SPLIT,
+            BIAS,
+            KEEP,
+            ACT,
+            ALPHA,
+            LIMIT,
+            BM,
+            BN,
+            BK,
+        )
+    else:
+        _tile(
+            x_ptr,
+            source_ptr,
+            w_desc,
+            bias_ptr,
+            h_ptr,
+            a_ptr,
+            expert,
+            first,
+            end,
+            pn,
+            H,
+            I,
+            NT,
+            GATED,
+            SPLIT,
+            BIAS,
+            KEEP,
+            ACT,
+            ALPHA,
+            LIMIT,
+            TAIL if TAIL > 0 else BM,
+            BN,
+            BK,
+        )
+
+
+def _descriptor(up: Tensor, form: Form, n: int, k: int) -> Tiled:
     """One tile of it holds the gate's columns and, beside them, the same columns of up."""
     experts, rows, columns = up.shape
     if form.gated and not form.interleaved and form.transposed:
-        return described(up, [experts * rows, 2, columns // 2], [k, 2, n])
+        return Tiled(up, (experts * rows, 2, columns // 2), (k, 2, n))
     if form.gated and not form.interleaved:
-        return described(up, [experts * 2, rows // 2, columns], [2, n, k])
+        return Tiled(up, (experts * 2, rows // 2, columns), (2, n, k))
     width = 2 * n if form.gated else n
-    block = [k, width] if form.transposed else [width, k]
-    return described(up, [experts * rows, columns], block)
+    block = (k, width) if form.transposed else (width, k)
+    return Tiled(up, (experts * rows, columns), block)
 
 
 def up_activate(
@@ -183,6 +265,7 @@ def up_activate(
             tile.n,
             tile.k,
             tile.group,
+            tile.tail,
         ),
         warps=tile.warps,
         stages=tile.stages,

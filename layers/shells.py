@@ -156,10 +156,14 @@ class RouterShell:
         site: Site = self.__dict__[SITE]
         if not site.active:
             return super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc]
-        x_TH = hidden_states.reshape(-1, hidden_states.shape[-1])
+        x_TH = hidden_states
+        if x_TH.ndim != 2:
+            x_TH = x_TH.reshape(-1, x_TH.shape[-1])
         visit: Visit | None = self.__dict__.get(BOUND)
         site.check_inside(visit)
-        token_ids = next((a.reshape(-1) for a in args if isinstance(a, Tensor)), None)
+        token_ids = None
+        if args:
+            token_ids = next((a.reshape(-1) for a in args if isinstance(a, Tensor)), None)
         router = self._modules.get(CUSTOM, site.function)  # type: ignore[attr-defined]
         ctx = site.context(visit, token_ids, router)
         if router is None:

@@ -87,6 +87,41 @@ def choosing(recipe: Recipe) -> None:
             )
 
 
+def one_node(recipe: Recipe) -> None:
+    """`route` in one node of the graph is the two ops: values, and gradients of weights and logits,
+    of either alone and of both."""
+    from moetk.kernels import route as room
+
+    shapes = (7, 8), (12, 8), (12,)
+    x_TH, weight_EH, bias_E = (
+        normal(seed, *shape).requires_grad_() for seed, shape in enumerate(shapes)
+    )
+    dweights_TK, dlogits_TE = normal(3, 7, 4), normal(4, 7, 12)
+    for bias in (None, bias_E):
+        leaves = [x_TH, weight_EH] if bias is None else [x_TH, weight_EH, bias]
+        given = (x_TH, weight_EH, bias, normal(5, 12), 4, recipe, None, torch.float32)
+        want = room.route(*given)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(room, "direct", lambda tensor: True)
+            got = room.route(*given)
+        assert torch.equal(got[0], want[0]) and not got[0].requires_grad
+        for name, mine, true in zip(("weights", "logits"), got[1:], want[1:], strict=True):
+            agree(mine, true, 12, name)
+        for which in ([1], [2], [1, 2]):
+            arriving = [None, dweights_TK, dlogits_TE]
+            grads = [
+                torch.autograd.grad(
+                    [routed[i] for i in which],
+                    leaves,
+                    [arriving[i] for i in which],
+                    retain_graph=True,
+                )
+                for routed in (got, want)
+            ]
+            for mine, true in zip(*grads, strict=True):
+                agree(mine, true, 12, f"gradients of {which}")
+
+
 def exact_choice() -> None:
     """Neighbouring fp32 numbers are told apart, and only equal ones tie."""
     from moetk.kernels.gpu.choose import choose_on_gpu
@@ -207,6 +242,7 @@ def summands() -> None:
 
 CASES: dict[str, Callable[[], None]] = {
     **{f"choose: {name}": (lambda r=r: choosing(r)) for name, r in RECIPES.items()},
+    **{f"route: {name}": (lambda r=r: one_node(r)) for name, r in RECIPES.items()},
     "choose: exact": exact_choice,
     "choose: rounded weights": rounded_weights,
     "choose: float16": half_scores,

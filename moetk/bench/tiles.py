@@ -154,8 +154,8 @@ def _runs(shape: LayerShape, tokens: int) -> dict[str, Callable[[Tile], object]]
     }
 
 
-# (m, n, k, warps, stages, group, programs on a multiprocessor, tail). For "up", n counts columns of the
-# gate alone: the tile of the product is twice as wide.
+# (m, n, k, warps, stages, group, programs on a multiprocessor, tail). For "up", n counts columns of
+# the gate alone: the tile of the product is twice as wide.
 _TRY: dict[tuple[str, str], list[tuple[int, ...]]] = {
     ("up", "many"): [
         (128, 128, 64, 8, 4, 8),

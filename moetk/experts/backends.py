@@ -76,6 +76,11 @@ class Backend:
         """Why `auto` leaves it to who asks for it by name, here and now, where it runs."""
         return None
 
+    @property
+    def lasting(self) -> bool:
+        """Whether the same question has the same answer at any time outside torch.compile."""
+        return True
+
 
 class _Reference(Backend):
     def also_needs(self, *_: object) -> list[str]:
@@ -104,6 +109,10 @@ class _Te(_Fused):
 
     def why_not_unasked(self, device: torch.device) -> str | None:
         return why_not_unasked(device)
+
+    @property
+    def lasting(self) -> bool:
+        return False  # autocast, the stream, a capture
 
 
 # With the copy engine that the kernels read weights with, and 227 KiB of shared memory a block, of
@@ -253,6 +262,48 @@ def pick_backend(
 
     Raises BackendError when the one asked for by name cannot run here: nothing falls back silently.
     """
+    if not torch.compiler.is_compiling():
+        table = id(auto_table()) if name == "auto" else 0
+        known = _lasting_pick(name, table, dtype, device, num_rows, spec, routing)
+        if known is not None:
+            return known
+    return _pick(name, dtype, device, num_rows, where, spec, routing)
+
+
+@functools.lru_cache(maxsize=4096)
+def _lasting_pick(
+    name: str,
+    table: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    num_rows: int,
+    spec: BankSpec | None,
+    routing: type,
+) -> Backend | None:
+    """What `_pick` finds, remembered; None where it is to be asked each time, or raises. table:
+    which of the tables of `auto` it was found in."""
+    if name == "auto":
+        rows = (row for row in auto_table() if _fits(row, device.type, dtype, num_rows, spec))
+        asked = [_BACKENDS[row.backend] for row in rows]
+    else:
+        asked = [_BACKENDS[name]] if name in _BACKENDS else []
+    if not all(backend.lasting for backend in asked):
+        return None
+    try:
+        return _pick(name, dtype, device, num_rows, "", spec, routing)
+    except BackendError:
+        return None
+
+
+def _pick(
+    name: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    num_rows: int,
+    where: object,
+    spec: BankSpec | None,
+    routing: type,
+) -> Backend:
     if name == "auto":
         for row in auto_table():
             if _fits(row, device.type, dtype, num_rows, spec):
@@ -266,7 +317,7 @@ def pick_backend(
     backend = _BACKENDS[name]
     reason = backend.why_not(dtype, device, spec, routing)
     if reason is not None:
-        here = pick_backend("auto", dtype, device, num_rows, spec=spec, routing=routing).name
+        here = _pick("auto", dtype, device, num_rows, where, spec, routing).name
         raise BackendError(
             f'backend="{name}" cannot run {where}: {reason}. Use backend="auto" (here: "{here}") '
             "or see Replacement.explain()."

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -37,14 +37,15 @@ def fused(spec: BankSpec, weights: BankWeights, x_TH: Tensor, routing: Routing) 
             f'backend="fused" reads a TokenChoice; this router returns a {type(routing).__name__}. '
             'Use backend="auto" or "grouped".'
         )
-    reason = why_not_fused(spec, weights.dtype)
-    if reason is not None:
-        raise BackendError(f'backend="fused": {reason}. Use backend="auto" or "grouped".')
+    dtype = weights.dtype
+    form = _form_or_reason(spec, dtype)
+    if isinstance(form, str):
+        raise BackendError(f'backend="fused": {form}. Use backend="auto" or "grouped".')
     plan = sort_plan(routing.experts_TK, routing.kept_TK, spec.num_experts)
-    form = form_of(spec)
-    assert form is not None
+    # Asked before it is cast: on the host a cast to the same costs as much as a launch.
+    same = x_TH.dtype == dtype
     y_TH = experts_mlp(
-        x_TH.to(weights.dtype),
+        x_TH if same else x_TH.to(dtype),
         routing.weights_TK,
         weights.up,
         weights.down,
@@ -54,7 +55,13 @@ def fused(spec: BankSpec, weights: BankWeights, x_TH: Tensor, routing: Routing) 
         form,
         add_to_grad=weights.add_to_grad,
     )
-    return y_TH.to(x_TH.dtype)
+    return y_TH if same else y_TH.to(x_TH.dtype)
+
+
+@remembered
+def _form_or_reason(spec: BankSpec, dtype: torch.dtype) -> Form | str:
+    """The spec as plain values, or what keeps the operator from it."""
+    return why_not_fused(spec, dtype) or cast(Form, form_of(spec))
 
 
 @remembered

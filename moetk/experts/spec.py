@@ -5,7 +5,7 @@ Letters: E experts, H hidden, I expert width, J = 2I for gated activations, else
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Literal
 
 import torch
@@ -47,6 +47,14 @@ class BankSpec:
             raise RouterConfigError(f"BankSpec: special={unknown}; each is one of {SPECIAL}.")
         if self.scale not in ("output", "input"):
             raise RouterConfigError(f"BankSpec: scale={self.scale!r}; 'output' or 'input'.")
+
+    def __hash__(self) -> int:
+        """Worked out once: a spec is looked up several times in every forward."""
+        known: int | None = self.__dict__.get("_hash")
+        if known is None:
+            known = hash(tuple(getattr(self, f.name) for f in fields(self)))
+            self.__dict__["_hash"] = known
+        return known
 
     @property
     def gated(self) -> bool:

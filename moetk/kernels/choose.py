@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moetk.kernels.direct import direct, on_device_of
+from moetk.kernels.direct import on_device_of
 from moetk.kernels.first_order import refuse_second_order
 from moetk.kernels.recipe import Recipe, Score, check_recipe
 from moetk.kernels.selection import gather, in_best_groups, largest, normalise, softmax_over
@@ -41,8 +41,7 @@ def choose(
     Raises as `check_recipe`; on CUDA, RouterConfigError past 1024 experts or 32 choices.
     """
     check_recipe(recipe, logits_TE.shape[1], top_k)
-    op = _Direct.apply if direct(logits_TE) else _choose
-    weights_TK, experts_TK = op(logits_TE, bias_E, top_k, weight_dtype, *recipe)
+    weights_TK, experts_TK = _choose(logits_TE, bias_E, top_k, weight_dtype, *recipe)
     return experts_TK, weights_TK
 
 
@@ -145,7 +144,7 @@ def _choose_backward(
 
 
 @_choose.register_kernel("cuda")
-def _on_gpu(
+def _(
     logits_TE: Tensor,
     bias_E: Tensor | None,
     top_k: int,
@@ -162,9 +161,7 @@ def _on_gpu(
 
 
 @_choose_backward.register_kernel("cuda")
-def _backward_on_gpu(
-    dweights_TK: Tensor, logits_TE: Tensor, experts_TK: Tensor, *recipe: Any
-) -> Tensor:
+def _(dweights_TK: Tensor, logits_TE: Tensor, experts_TK: Tensor, *recipe: Any) -> Tensor:
     from moetk.kernels.gpu.choose import choose_backward_on_gpu
 
     with on_device_of(logits_TE):
@@ -208,22 +205,3 @@ def _backward(ctx: Any, dweights_TK: Tensor | None, dexperts_TK: None) -> tuple[
 
 
 _choose.register_autograd(_backward, setup_context=_save)
-
-
-class _Direct(torch.autograd.Function):
-    """The kernels of both ops, called as they are; see `direct`."""
-
-    @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
-        output: tuple[Tensor, Tensor] = _on_gpu(*inputs)
-        _save(ctx, inputs, output)
-        ctx.mark_non_differentiable(output[1])
-        return output
-
-    @staticmethod
-    def backward(ctx: Any, dweights_TK: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
-        refuse_second_order(*_FIRST_ORDER)
-        rest = (None,) * (ctx.num_inputs - 1)
-        if dweights_TK is None:
-            return None, *rest
-        return _backward_on_gpu(dweights_TK, *ctx.saved_tensors, *ctx.recipe), *rest

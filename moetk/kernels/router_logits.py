@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moetk.errors import MoeShapeError
-from moetk.kernels.direct import direct, on_device_of
+from moetk.kernels.direct import on_device_of
 from moetk.kernels.first_order import refuse_second_order
 
 
@@ -32,17 +32,22 @@ def router_logits(
 
     Raises MoeShapeError when x_TH has another width than the weight.
     """
+    check_width(x_TH, weight_EH)
+    dtype = gemm_dtype or x_TH.dtype
+    bias_E = None if bias_E is None else bias_E.to(dtype)
+    if dtype == torch.float32 and x_TH.dtype == weight_EH.dtype == torch.bfloat16:
+        logits_TE: Tensor = _router_logits(x_TH, weight_EH)
+        return logits_TE if bias_E is None else logits_TE + bias_E
+    return F.linear(x_TH.to(dtype), weight_EH.to(dtype), bias_E)
+
+
+def check_width(x_TH: Tensor, weight_EH: Tensor) -> None:
+    """Raise MoeShapeError unless x_TH is (T, H) for a weight (E, H)."""
     if x_TH.ndim != 2 or x_TH.shape[1] != weight_EH.shape[1]:
         raise MoeShapeError(
             f"router_logits: x_TH is {tuple(x_TH.shape)}, expected (T, H={weight_EH.shape[1]}): "
             "flatten the batch, and check hidden_size."
         )
-    dtype = gemm_dtype or x_TH.dtype
-    bias_E = None if bias_E is None else bias_E.to(dtype)
-    if dtype == torch.float32 and x_TH.dtype == weight_EH.dtype == torch.bfloat16:
-        logits_TE: Tensor = (_Direct.apply if direct(x_TH) else _router_logits)(x_TH, weight_EH)
-        return logits_TE if bias_E is None else logits_TE + bias_E
-    return F.linear(x_TH.to(dtype), weight_EH.to(dtype), bias_E)
 
 
 @torch.library.custom_op("moetk::router_logits", mutates_args=())
@@ -64,14 +69,16 @@ def _router_logits_backward(
 
 
 @_router_logits.register_kernel("cuda")
-def _on_gpu(x_TH: Tensor, weight_EH: Tensor) -> Tensor:
+def product_in_fp32(x_TH: Tensor, weight_EH: Tensor) -> Tensor:
+    """fp32 logits of bf16 operands on the tensor cores."""
     return torch.mm(x_TH, weight_EH.t(), out_dtype=torch.float32)
 
 
 @_router_logits_backward.register_kernel("cuda")
-def _backward_on_gpu(
+def backward_in_summands(
     dlogits_TE: Tensor, x_TH: Tensor, weight_EH: Tensor, wants_x: bool, wants_weight: bool
 ) -> tuple[Tensor, Tensor]:
+    """dx_TH and dweight_EH of fp32 logits by bf16 products, each empty where it is not wanted."""
     from moetk.kernels.gpu.summands import two_summands
 
     dx_TH, dweight_EH = x_TH.new_empty(0), x_TH.new_empty(0)
@@ -103,27 +110,11 @@ def _save(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
 
-def _backward(
-    ctx: Any, dlogits_TE: Tensor, run: Any = _router_logits_backward
-) -> tuple[Tensor | None, Tensor | None]:
+def _backward(ctx: Any, dlogits_TE: Tensor) -> tuple[Tensor | None, Tensor | None]:
     refuse_second_order("the fused router", 'backend="reference"')
     wants_x, wants_weight = ctx.needs_input_grad
-    dx_TH, dweight_EH = run(dlogits_TE, *ctx.saved_tensors, wants_x, wants_weight)
-    return dx_TH if wants_x else None, dweight_EH if wants_weight else None
+    grads = _router_logits_backward(dlogits_TE, *ctx.saved_tensors, wants_x, wants_weight)
+    return grads[0] if wants_x else None, grads[1] if wants_weight else None
 
 
 _router_logits.register_autograd(_backward, setup_context=_save)
-
-
-class _Direct(torch.autograd.Function):
-    """The kernels of both ops, called as they are; see `direct`."""
-
-    @staticmethod
-    def forward(ctx: Any, x_TH: Tensor, weight_EH: Tensor) -> Tensor:
-        ctx.save_for_backward(x_TH, weight_EH)
-        logits_TE: Tensor = _on_gpu(x_TH, weight_EH)
-        return logits_TE
-
-    @staticmethod
-    def backward(ctx: Any, dlogits_TE: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        return _backward(ctx, dlogits_TE, _backward_on_gpu)

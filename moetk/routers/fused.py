@@ -1,4 +1,4 @@
-"""A catalogue router as a few launches: its logits, then the op that runs its recipe.
+"""A catalogue router as a few launches: its logits, then what its recipe makes of them.
 
 A router that can be run so has a method `recipe()`, which says what its forward does after the
 logits. It says so for that forward alone: a subclass with another forward is not run fused.
@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from moetk.context import RouterContext
-from moetk.kernels.choose import MAX_EXPERTS, MAX_TOP_K, choose
+from moetk.kernels.choose import MAX_EXPERTS, MAX_TOP_K
 from moetk.kernels.recipe import Recipe
-from moetk.kernels.router_logits import router_logits
+from moetk.kernels.route import route
 from moetk.routers.linear import LinearRouter
 from moetk.routing import TokenChoice
 
@@ -38,12 +38,16 @@ def choose_fused(
     hooks are not run; call it inside the router's `__call__`, or for a router without hooks.
     """
     recipe: Recipe = router.recipe()  # type: ignore[operator]
-    bias_E = getattr(router, "bias", None)
-    logits_TE = router_logits(x_TH, router.weight, bias_E, router.gemm_dtype)
-    if recipe.score == "identity":  # the scores are the logits, and such a router returns them
-        logits_TE = router.in_score_dtype(logits_TE)
-    choice_bias_E = getattr(router, "e_score_correction_bias", None)
-    experts_TK, weights_TK = choose(logits_TE, choice_bias_E, router.top_k, recipe, weight_dtype)
+    experts_TK, weights_TK, logits_TE = route(
+        x_TH,
+        router.weight,
+        getattr(router, "bias", None),
+        getattr(router, "e_score_correction_bias", None),
+        router.top_k,
+        recipe,
+        router.gemm_dtype,
+        weight_dtype,
+    )
     return TokenChoice(experts_TK, weights_TK, router.num_experts, logits_TE)
 
 

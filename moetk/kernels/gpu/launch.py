@@ -119,7 +119,7 @@ class _Compiled:
 
     def __init__(self, compiled: Any) -> None:
         self.compiled = compiled
-        self.head = (compiled.function,)
+        self.head: tuple[Any, ...] = (compiled.function,)
         self.tail = (compiled.packed_metadata, None, None, None)
         below = _below(compiled.run)
         self.call: Callable[..., None] | None = None

@@ -1,0 +1,140 @@
+"""From tokens to experts and weights: the router's product, then `choose`.
+
+In plain eager CUDA both are one node of the graph, since each costs the host what a kernel costs
+the device; elsewhere they are the ops `moetk::router_logits` and `moetk::choose`.
+
+Letters: T tokens, H hidden, E experts, K choices a token.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moetk.kernels.choose import choose
+from moetk.kernels.direct import direct, on_device_of
+from moetk.kernels.first_order import refuse_second_order
+from moetk.kernels.recipe import Recipe, check_recipe
+from moetk.kernels.router_logits import (
+    backward_in_summands,
+    check_width,
+    product_in_fp32,
+    router_logits,
+)
+
+
+def route(
+    x_TH: Tensor,
+    weight_EH: Tensor,
+    bias_E: Tensor | None,
+    choice_bias_E: Tensor | None,
+    top_k: int,
+    recipe: Recipe,
+    gemm_dtype: torch.dtype | None = None,
+    weight_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """experts_TK and weights_TK as in `choose`, and logits_TE as in `router_logits`; where the
+    recipe's scores are the logits themselves, these are in the score dtype.
+
+    The gradient of the logits counts too: of a loss that reads them. Raises as these two.
+    """
+    if direct(x_TH) and _alike(x_TH, weight_EH, bias_E, gemm_dtype):
+        check_width(x_TH, weight_EH)
+        _checked(recipe, weight_EH.shape[0], top_k)
+        given = (x_TH, weight_EH, bias_E, choice_bias_E)
+        weights_TK, experts_TK, logits_TE = _Direct.apply(
+            *given, top_k, recipe, gemm_dtype, weight_dtype
+        )
+        return experts_TK, weights_TK, logits_TE
+    logits_TE = router_logits(x_TH, weight_EH, bias_E, gemm_dtype)
+    if recipe.score == "identity":
+        logits_TE = logits_TE.to(recipe.score_dtype or logits_TE.dtype)
+    return *choose(logits_TE, choice_bias_E, top_k, recipe, weight_dtype), logits_TE
+
+
+_checked = functools.cache(check_recipe)
+
+
+def _alike(
+    x_TH: Tensor, weight_EH: Tensor, bias_E: Tensor | None, gemm_dtype: torch.dtype | None
+) -> bool:
+    """Nothing is cast but, of bf16, the product."""
+    dtype = x_TH.dtype
+    if weight_EH.dtype != dtype or (bias_E is not None and bias_E.dtype != dtype):
+        return False
+    return gemm_dtype in (None, dtype) or _widens(dtype, gemm_dtype)
+
+
+def _widens(dtype: torch.dtype, gemm_dtype: torch.dtype | None) -> bool:
+    return dtype == torch.bfloat16 and gemm_dtype == torch.float32
+
+
+class _Direct(torch.autograd.Function):
+    """The kernels of both ops, called as they are; see `direct`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_TH: Tensor,
+        weight_EH: Tensor,
+        bias_E: Tensor | None,
+        choice_bias_E: Tensor | None,
+        top_k: int,
+        recipe: Recipe,
+        gemm_dtype: torch.dtype | None,
+        weight_dtype: torch.dtype | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        from moetk.kernels.gpu.choose import choose_on_gpu
+
+        ctx.recipe, ctx.widens = recipe, _widens(x_TH.dtype, gemm_dtype)
+        with on_device_of(x_TH):
+            if ctx.widens:
+                logits_TE = product_in_fp32(x_TH, weight_EH)
+                logits_TE = logits_TE if bias_E is None else logits_TE + bias_E
+            elif bias_E is None:
+                logits_TE = torch.mm(x_TH, weight_EH.t())
+            else:
+                logits_TE = torch.addmm(bias_E, x_TH, weight_EH.t())
+            if recipe.score == "identity" and recipe.score_dtype not in (None, logits_TE.dtype):
+                logits_TE = logits_TE.to(recipe.score_dtype)
+            experts_TK, weights_TK = choose_on_gpu(
+                logits_TE, choice_bias_E, top_k, recipe, weight_dtype
+            )
+        ctx.save_for_backward(x_TH, weight_EH, logits_TE, experts_TK)
+        ctx.mark_non_differentiable(experts_TK)
+        ctx.set_materialize_grads(False)
+        return weights_TK, experts_TK, logits_TE
+
+    @staticmethod
+    def backward(
+        ctx: Any, dweights_TK: Tensor | None, _: None, dlogits_TE: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        from moetk.kernels.gpu.choose import choose_backward_on_gpu
+
+        refuse_second_order(
+            "the fused router", 'backend="reference", whose routers torch differentiates twice'
+        )
+        x_TH, weight_EH, logits_TE, experts_TK = ctx.saved_tensors
+        wants_x, wants_weight, wants_bias = ctx.needs_input_grad[:3]
+        dx_TH = dweight_EH = dbias_E = None
+        with on_device_of(x_TH):
+            if dweights_TK is not None:
+                chosen_TE = choose_backward_on_gpu(dweights_TK, logits_TE, experts_TK, ctx.recipe)
+                dlogits_TE = chosen_TE if dlogits_TE is None else chosen_TE + dlogits_TE
+            if dlogits_TE is None:
+                return (None,) * 8
+            if wants_bias:
+                dbias_E = dlogits_TE.sum(0).to(x_TH.dtype)
+            if ctx.widens:
+                dx_TH, dweight_EH = backward_in_summands(
+                    dlogits_TE, x_TH, weight_EH, wants_x, wants_weight
+                )
+            else:
+                dlogits_TE = dlogits_TE.to(x_TH.dtype)
+                dx_TH = torch.mm(dlogits_TE, weight_EH) if wants_x else None
+                dweight_EH = torch.mm(dlogits_TE.t(), x_TH) if wants_weight else None
+        given = (dx_TH if wants_x else None, dweight_EH if wants_weight else None, dbias_E)
+        return (*given, None, None, None, None, None)

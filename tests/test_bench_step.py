@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import gc
+import sys
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -20,6 +24,7 @@ from moetk.bench.curves import (
     middle_seed,
 )
 from moetk.bench.meter import HostMeter
+from moetk.bench.race import WARM_UP
 from moetk.bench.report import curve_rows, curve_table, step_rows, step_table
 from moetk.bench.shapes import ModelShape
 from moetk.bench.step import (
@@ -27,6 +32,7 @@ from moetk.bench.step import (
     StepResult,
     as_it_is,
     compiled,
+    in_fp8,
     measure_steps,
     profile_step,
     replaced,
@@ -260,3 +266,29 @@ def test_loss_curves_end_to_end() -> None:
     ]:
         with pytest.raises(ConfigError, match=message):
             compare_curves(SHAPE, wanted, METER, seeds, steps, torch.float32)
+
+
+def test_a_model_in_fp8_runs_within_the_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its forward alone, by the recipe that was named; the model is the same function."""
+    inside: list[str] = []
+
+    @contextmanager
+    def autocast(enabled: bool, recipe: Any) -> Iterator[None]:
+        assert enabled
+        inside.append(recipe)
+        yield
+        inside.append("left")
+
+    te = ModuleType("transformer_engine.pytorch")
+    recipes = ModuleType("transformer_engine.common.recipe")
+    common, above = ModuleType("transformer_engine.common"), ModuleType("transformer_engine")
+    vars(te)["autocast"], vars(recipes)["Mine"] = autocast, lambda: "mine"
+    vars(common)["recipe"], vars(above)["pytorch"] = recipes, te
+    for made in (te, recipes, common, above):
+        monkeypatch.setitem(sys.modules, made.__name__, made)
+    monkeypatch.setattr("moetk.bench.step.sped_up", lambda backend: as_it_is)
+    stock, fp8, _ = steps_of(
+        [StepContender("v5", as_it_is), StepContender("fp8", in_fp8("Mine"))], steps=1
+    )
+    assert fp8.error is None and fp8.losses == stock.losses
+    assert inside == ["mine", "left"] * (WARM_UP + 1)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from moetk.bench.peers import PEERS
 from moetk.bench.shapes import LayerShape
@@ -99,21 +100,27 @@ def in_fp8(name: str, recipe: str) -> Contender:
     operands are e4m3, which the errors are judged by."""
 
     def build(model: Any) -> nn.Module:
-        import transformer_engine.pytorch as te
-        from transformer_engine.common import recipe as recipes
-
         block = ours("te").build(model)
-        forward, made = block.forward, getattr(recipes, recipe)()
-
-        def within(x: Tensor) -> Tensor:
-            with te.autocast(enabled=True, recipe=made):
-                y: Tensor = forward(x)
-            return y
-
-        vars(block)["forward"] = within  # by instance: its parameters keep their names
+        run_in_fp8(block, recipe)
         return block
 
     return Contender(name, build, torch.float8_e4m3fn)
+
+
+def run_in_fp8(module: nn.Module, recipe: str) -> None:
+    """From now on the module's forward runs within Transformer Engine's autocast, by a recipe of
+    this name. By instance: its parameters keep their names."""
+    import transformer_engine.pytorch as te
+    from transformer_engine.common import recipe as recipes
+
+    forward, made = module.forward, getattr(recipes, recipe)()
+
+    @functools.wraps(forward)  # whose arguments transformers asks for
+    def within(*args: Any, **kwargs: Any) -> Any:
+        with te.autocast(enabled=True, recipe=made):
+            return forward(*args, **kwargs)
+
+    vars(module)["forward"] = within
 
 
 def peer(name: str) -> Contender:

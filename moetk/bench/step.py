@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moetk.bench.contenders import run_in_fp8
 from moetk.bench.meter import Meter, Phases
 from moetk.bench.profile import Profile, largest_kernels
 from moetk.bench.race import WARM_UP, told
@@ -79,6 +80,18 @@ def sped_up(backend: str) -> Prepare:
     return prepare
 
 
+def in_fp8(recipe: str) -> Prepare:
+    """`sped_up("te")`, the whole model within Transformer Engine's autocast: the experts' products
+    run in FP8, by a recipe of this name; all else as before."""
+
+    def prepare(model: Any) -> Any:
+        prepared = sped_up("te")(model)
+        run_in_fp8(model, recipe)
+        return prepared
+
+    return prepare
+
+
 def compiled(prepare: Prepare, **options: Any) -> Prepare:
     """`prepare`, and each decoder layer compiled by torch.compile, by instance. options: of
     torch.compile."""
@@ -130,6 +143,9 @@ def step_contenders(backend: str = "auto") -> dict[str, StepContender]:
         StepContender("moetk-step", sped_up(backend)),
         StepContender("moetk-step-compiled", compiled(sped_up(backend))),
         StepContender("moetk-step-adamw", sped_up(backend), moetk_adamw),
+        StepContender("moetk-step-te", sped_up("te"), moetk_adamw),
+        StepContender("moetk-step-te-fp8", in_fp8("Float8CurrentScaling"), moetk_adamw),
+        StepContender("moetk-step-te-fp8-block", in_fp8("Float8BlockScaling"), moetk_adamw),
     )
     return {contender.name: contender for contender in everyone}
 

@@ -17,6 +17,7 @@ from moetk.bench.contenders import (
     contenders,
     contenders_here,
     contenders_named,
+    graphed,
     in_fp8,
     ours,
     peer,
@@ -78,6 +79,30 @@ def test_fp8_is_an_autocast_around_forward(monkeypatch: pytest.MonkeyPatch) -> N
     assert "dexperts.down_proj" in fp8.errors  # parameters keep their names
     assert str(held_to_stock.wrong).startswith("WRONG")
     assert set(inside) == {"mine", "left"} and inside[:2] == ["mine", "left"]
+
+
+def test_a_graphed_layer_is_recorded_once_and_keeps_its_gradients(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The graphs are stood in for by the layer itself, after runs that leave gradients behind."""
+    recorded: list[torch.Size] = []
+
+    def make_graphed_callables(layer: Any, args: Any, *, allow_unused_input: bool) -> None:
+        assert allow_unused_input and args[0].requires_grad and torch.is_grad_enabled()
+        recorded.append(args[0].shape)
+        plain = layer.forward
+        layer(args[0]).sum().backward()
+        layer.forward = lambda x: plain(x)
+
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", make_graphed_callables)
+    mine = graphed(stock())
+    assert mine.name == "v5-graphed" and not mine.allocates
+    report = measure_layer(case(), [stock(), mine], METER, rounds=2)
+    first, second = report.results
+    assert second.error is None and second.wrong is None and second.saved is None
+    assert second.errors == first.errors and len(recorded) == 1
+    [_, fresh] = measure_layer(case(grads="fresh"), [stock(), mine], METER, rounds=1).results
+    assert "adds to the gradients it was recorded with" in str(fresh.error)
 
 
 def test_contenders_have_copies_of_the_same_weights() -> None:

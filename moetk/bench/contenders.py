@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from moetk.bench.peers import PEERS
 from moetk.bench.shapes import LayerShape
@@ -24,11 +24,13 @@ STOCK = "v5"
 class Contender:
     """`build` makes the layer, (1, T, H) to (1, T, H), with a copy of the given model's weights:
     a transformers model whose only decoder layer holds the block. operands: the format that its
-    products read, where that is narrower than the weights' dtype; its errors are judged by it."""
+    products read, where that is narrower than the weights' dtype; its errors are judged by it.
+    allocates: whether a step takes its memory while it runs, as in `Launch`."""
 
     name: str
     build: Callable[[Any], nn.Module]
     operands: torch.dtype | None = None
+    allocates: bool = True
 
 
 def stock_model(shape: LayerShape, device: torch.device, dtype: torch.dtype, seed: int) -> Any:
@@ -123,6 +125,42 @@ def run_in_fp8(module: nn.Module, recipe: str) -> None:
     vars(module)["forward"] = within
 
 
+def graphed(contender: Contender) -> Contender:
+    """The contender's layer after torch.cuda.make_graphed_callables: forward and backward are a
+    CUDA graph each, replayed wherever Python calls the layer. They are recorded in its first call,
+    for those sizes, with gradients that stay where they are (not with --grads fresh)."""
+
+    def build(model: Any) -> nn.Module:
+        layer = contender.build(model)
+        parameters = list(layer.parameters())
+
+        def first(x: Tensor) -> Any:
+            del vars(layer)["forward"]
+            sample = x.detach().clone().requires_grad_()
+            grads = [torch.zeros_like(parameter) for parameter in parameters]
+            for parameter, grad in zip(parameters, grads, strict=True):
+                parameter.grad = grad
+            with torch.enable_grad():
+                # Gradients that backward adds to itself count as unused.
+                torch.cuda.make_graphed_callables(layer, (sample,), allow_unused_input=True)
+            for grad in grads:
+                grad.zero_()  # the runs before the recording
+            replay = layer.forward
+
+            def run(x: Tensor) -> Any:
+                if any(p.grad is not grad for p, grad in zip(parameters, grads, strict=True)):
+                    raise ConfigError("a graph adds to the gradients it was recorded with.")
+                return replay(x)
+
+            vars(layer)["forward"] = run
+            return run(x)
+
+        vars(layer)["forward"] = first
+        return layer
+
+    return Contender(f"{contender.name}-graphed", build, contender.operands, allocates=False)
+
+
 def peer(name: str) -> Contender:
     """Another library's layer, by its name in PEERS."""
     return Contender(name, lambda model: PEERS[name](block_of(model)))
@@ -136,6 +174,8 @@ def contenders() -> dict[str, Contender]:
         *(ours(name) for name in ("auto", *(backend.name for backend in backends()))),
         ours("fused", add_to_grad=True),
         ours("te", add_to_grad=True),
+        graphed(stock()),
+        graphed(ours("fused", add_to_grad=True)),
         in_fp8("moetk-te-fp8", "Float8CurrentScaling"),
         in_fp8("moetk-te-fp8-block", "Float8BlockScaling"),
         *(peer(name) for name in PEERS),

@@ -172,7 +172,7 @@ def measure_layer(
     _time(entries, rounds, meter)
     if meter.has_memory and case.launch.allocates:
         for entry in entries:
-            if entry.result.error is None:
+            if entry.result.error is None and entry.contender.allocates:
                 _guarded(entry.result, partial(_memory, entry, meter), meter)
     return LayerReport(case, results, rates_E, checked, border_share)
 

@@ -93,10 +93,7 @@ def backward(
             dw_TK = (dw_TK + bias_dots(dy_TH, down_bias, plan)).to(weights_TK.dtype)
         dweights = dw_TK
     if need[3]:
-        pair, side = ((aw_NI, dy_TH), "right") if form.transposed else ((dy_TH, aw_NI), "left")
-        ddown = outer(
-            "ddown_gather", *pair, offsets_E, source_N=source_N, gather=side, into_EAB=into[1]
-        )
+        ddown = _down_gradient(dy_TH, aw_NI, plan, form, into[1])
     if need[5]:
         ddown_bias = segment_sum(dy_TH, offsets_E, source_N, plan.choice_N, weights_TK)
     if any(need[:5]):
@@ -109,6 +106,20 @@ def backward(
         dx_NH = rows_times("dx", dh_NJ, up, offsets_E, columns_first=form.transposed)
         dx = gather_sum(dx_NH, plan.slot_TK, None, offsets_E)
     return dx, dweights, dup, ddown, dup_bias, ddown_bias
+
+
+def _down_gradient(
+    dy_TH: Tensor, aw_NI: Tensor, plan: SortPlan, form: Form, into: Tensor | None
+) -> Tensor:
+    pair, side = ((aw_NI, dy_TH), "right") if form.transposed else ((dy_TH, aw_NI), "left")
+    return outer(
+        "ddown_gather",
+        *pair,
+        plan.offsets_E,
+        source_N=plan.source_N,
+        gather=side,
+        into_EAB=into,
+    )
 
 
 def _up_gradient(

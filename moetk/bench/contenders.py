@@ -145,6 +145,10 @@ def graphed(contender: Contender) -> Contender:
                 torch.cuda.make_graphed_callables(layer, (sample,), allow_unused_input=True)
             for grad in grads:
                 grad.zero_()  # the runs before the recording
+            if x.is_leaf and x.requires_grad and x.grad is None:
+                # The graph writes x's gradient where it recorded it. A leaf without one would take
+                # that tensor for its own, and add it to itself the next time.
+                x.grad = torch.zeros_like(x)
             replay = layer.forward
 
             def run(x: Tensor) -> Any:

@@ -71,12 +71,17 @@ class Site:
 
     def __post_init__(self) -> None:
         self.route = _Route(self)
+        self.alone = RouterContext(where=self)  # of a layer that is called on its own
 
     def context(
         self, visit: Visit | None, token_ids: Tensor | None = None, router: Any = None
     ) -> RouterContext:
         if visit is None:
-            return RouterContext(token_ids=token_ids, where=self)
+            return (
+                RouterContext(token_ids=token_ids, where=self)
+                if token_ids is not None
+                else self.alone
+            )
         previous = None
         if router is not None and self.index > 0:
             reads = getattr(router, "reads_previous", False)

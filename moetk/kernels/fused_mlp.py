@@ -14,6 +14,7 @@ width, J = 2I for gated activations, else I.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import astuple
 from typing import Any, TypeAlias, cast
 
@@ -111,33 +112,34 @@ def addable(weight: Tensor) -> Tensor | None:
     return grad if grad.is_contiguous() and grad.data_ptr() % 16 == 0 else None
 
 
+@functools.cache
+def _gpu() -> Any:
+    """The kernels' module; it imports Triton."""
+    from moetk.kernels.gpu import mlp
+
+    return mlp
+
+
 class _Direct(torch.autograd.Function):
     """The kernels of both operators, called as they are; see `direct`."""
 
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Tensor:
-        from moetk.kernels.gpu import mlp
-
-        x_TH, weights_TK, up, down, up_bias, down_bias, plan, form, keep, ctx.adds = args
-        tensors = (x_TH, weights_TK, up, down, up_bias, down_bias)
-        with on_device_of(x_TH):
-            y_TH, h_NJ = mlp.forward(*tensors, plan, form, keep)
+        *tensors, plan, form, keep, ctx.adds = args
+        y_TH, h_NJ = _gpu().forward(*tensors, plan, form, keep)
         if keep:
             ctx.save_for_backward(h_NJ, *tensors)
             ctx.plan, ctx.form = plan, form
-        return y_TH
+        return y_TH  # type: ignore[no-any-return]
 
     @staticmethod
     def backward(ctx: Any, dy_TH: Tensor) -> tuple[Tensor | None, ...]:
-        from moetk.kernels.gpu import mlp
-
         refuse_second_order(*_FIRST_ORDER)
         h_NJ, x_TH, weights_TK, up, down, up_bias, down_bias = ctx.saved_tensors
         tensors = (x_TH, weights_TK, up, down, up_bias, down_bias)
         wanted = ctx.needs_input_grad[:6]
         into = (addable(up), addable(down)) if ctx.adds else (None, None)
-        with on_device_of(x_TH):
-            grads = mlp.backward(dy_TH, h_NJ, *tensors, ctx.plan, ctx.form, list(wanted), into)
+        grads = _gpu().backward(dy_TH, h_NJ, *tensors, ctx.plan, ctx.form, list(wanted), into)
         added = (None, None, *into, None, None)
         returned = [
             grad if want and there is None else None
@@ -186,11 +188,9 @@ def moe_mlp(*args: Any) -> tuple[Tensor, Tensor]:
 
 @moe_mlp.register_kernel("cuda")
 def _(*args: Any) -> tuple[Tensor, Tensor]:
-    from moetk.kernels.gpu import mlp
-
     tensors, plan, form = _read(args)
     with on_device_of(tensors[0]):
-        return mlp.forward(*tensors, plan, form, args[16])
+        return _gpu().forward(*tensors, plan, form, args[16])  # type: ignore[no-any-return]
 
 
 @moe_mlp.register_fake
@@ -251,11 +251,9 @@ def moe_mlp_backward(dy_TH: Tensor, h_NJ: Tensor, *args: Any) -> tuple[Tensor, .
 
 @moe_mlp_backward.register_kernel("cuda")
 def _(dy_TH: Tensor, h_NJ: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    from moetk.kernels.gpu import mlp
-
     tensors, plan, form = _read(args)
     with on_device_of(dy_TH):
-        grads = mlp.backward(dy_TH, h_NJ, *tensors, plan, form, args[16])
+        grads = _gpu().backward(dy_TH, h_NJ, *tensors, plan, form, args[16])
     return tuple(dy_TH.new_empty(0) if grad is None else grad for grad in grads)
 
 

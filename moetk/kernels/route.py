@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from moetk.kernels.choose import choose
-from moetk.kernels.direct import direct, on_device_of
+from moetk.kernels.direct import direct
 from moetk.kernels.first_order import refuse_second_order
 from moetk.kernels.recipe import Recipe, check_recipe
 from moetk.kernels.router_logits import (
@@ -41,14 +41,15 @@ def route(
 
     The gradient of the logits counts too: of a loss that reads them. Raises as these two.
     """
-    if direct(x_TH) and _alike(x_TH, weight_EH, bias_E, gemm_dtype):
-        check_width(x_TH, weight_EH)
-        _checked(recipe, weight_EH.shape[0], top_k)
-        given = (x_TH, weight_EH, bias_E, choice_bias_E)
-        weights_TK, experts_TK, logits_TE = _Direct.apply(
-            *given, top_k, recipe, gemm_dtype, weight_dtype
-        )
-        return experts_TK, weights_TK, logits_TE
+    if direct(x_TH):
+        bias_dtype = None if bias_E is None else bias_E.dtype
+        if _alike(x_TH.dtype, weight_EH.dtype, bias_dtype, gemm_dtype):
+            check_width(x_TH, weight_EH)
+            _checked(recipe, weight_EH.shape[0], top_k)
+            weights_TK, experts_TK, logits_TE = _Direct.apply(
+                x_TH, weight_EH, bias_E, choice_bias_E, (top_k, recipe, gemm_dtype, weight_dtype)
+            )
+            return experts_TK, weights_TK, logits_TE
     logits_TE = router_logits(x_TH, weight_EH, bias_E, gemm_dtype)
     if recipe.score == "identity":
         logits_TE = logits_TE.to(recipe.score_dtype or logits_TE.dtype)
@@ -58,18 +59,28 @@ def route(
 _checked = functools.cache(check_recipe)
 
 
+@functools.cache
 def _alike(
-    x_TH: Tensor, weight_EH: Tensor, bias_E: Tensor | None, gemm_dtype: torch.dtype | None
+    dtype: torch.dtype,
+    weight: torch.dtype,
+    bias: torch.dtype | None,
+    gemm_dtype: torch.dtype | None,
 ) -> bool:
     """Nothing is cast but, of bf16, the product."""
-    dtype = x_TH.dtype
-    if weight_EH.dtype != dtype or (bias_E is not None and bias_E.dtype != dtype):
-        return False
-    return gemm_dtype in (None, dtype) or _widens(dtype, gemm_dtype)
+    same = weight == dtype and bias in (None, dtype)
+    return same and (gemm_dtype in (None, dtype) or _widens(dtype, gemm_dtype))
 
 
 def _widens(dtype: torch.dtype, gemm_dtype: torch.dtype | None) -> bool:
     return dtype == torch.bfloat16 and gemm_dtype == torch.float32
+
+
+@functools.cache
+def _gpu() -> Any:
+    """The kernels' module; it imports Triton."""
+    from moetk.kernels.gpu import choose
+
+    return choose
 
 
 class _Direct(torch.autograd.Function):
@@ -82,27 +93,22 @@ class _Direct(torch.autograd.Function):
         weight_EH: Tensor,
         bias_E: Tensor | None,
         choice_bias_E: Tensor | None,
-        top_k: int,
-        recipe: Recipe,
-        gemm_dtype: torch.dtype | None,
-        weight_dtype: torch.dtype | None,
+        settings: tuple[int, Recipe, torch.dtype | None, torch.dtype | None],
     ) -> tuple[Tensor, Tensor, Tensor]:
-        from moetk.kernels.gpu.choose import choose_on_gpu
-
+        top_k, recipe, gemm_dtype, weight_dtype = settings
         ctx.recipe, ctx.widens = recipe, _widens(x_TH.dtype, gemm_dtype)
-        with on_device_of(x_TH):
-            if ctx.widens:
-                logits_TE = product_in_fp32(x_TH, weight_EH)
-                logits_TE = logits_TE if bias_E is None else logits_TE + bias_E
-            elif bias_E is None:
-                logits_TE = torch.mm(x_TH, weight_EH.t())
-            else:
-                logits_TE = torch.addmm(bias_E, x_TH, weight_EH.t())
-            if recipe.score == "identity" and recipe.score_dtype not in (None, logits_TE.dtype):
-                logits_TE = logits_TE.to(recipe.score_dtype)
-            experts_TK, weights_TK = choose_on_gpu(
-                logits_TE, choice_bias_E, top_k, recipe, weight_dtype
-            )
+        if ctx.widens:
+            logits_TE = product_in_fp32(x_TH, weight_EH)
+            logits_TE = logits_TE if bias_E is None else logits_TE + bias_E
+        elif bias_E is None:
+            logits_TE = torch.mm(x_TH, weight_EH.t())
+        else:
+            logits_TE = torch.addmm(bias_E, x_TH, weight_EH.t())
+        if recipe.score == "identity" and recipe.score_dtype not in (None, logits_TE.dtype):
+            logits_TE = logits_TE.to(recipe.score_dtype)
+        experts_TK, weights_TK = _gpu().choose_on_gpu(
+            logits_TE, choice_bias_E, top_k, recipe, weight_dtype
+        )
         ctx.save_for_backward(x_TH, weight_EH, logits_TE, experts_TK)
         ctx.mark_non_differentiable(experts_TK)
         ctx.set_materialize_grads(False)
@@ -112,29 +118,28 @@ class _Direct(torch.autograd.Function):
     def backward(
         ctx: Any, dweights_TK: Tensor | None, _: None, dlogits_TE: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        from moetk.kernels.gpu.choose import choose_backward_on_gpu
-
         refuse_second_order(
             "the fused router", 'backend="reference", whose routers torch differentiates twice'
         )
         x_TH, weight_EH, logits_TE, experts_TK = ctx.saved_tensors
         wants_x, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         dx_TH = dweight_EH = dbias_E = None
-        with on_device_of(x_TH):
-            if dweights_TK is not None:
-                chosen_TE = choose_backward_on_gpu(dweights_TK, logits_TE, experts_TK, ctx.recipe)
-                dlogits_TE = chosen_TE if dlogits_TE is None else chosen_TE + dlogits_TE
-            if dlogits_TE is None:
-                return (None,) * 8
-            if wants_bias:
-                dbias_E = dlogits_TE.sum(0).to(x_TH.dtype)
-            if ctx.widens:
-                dx_TH, dweight_EH = backward_in_summands(
-                    dlogits_TE, x_TH, weight_EH, wants_x, wants_weight
-                )
-            else:
-                dlogits_TE = dlogits_TE.to(x_TH.dtype)
-                dx_TH = torch.mm(dlogits_TE, weight_EH) if wants_x else None
-                dweight_EH = torch.mm(dlogits_TE.t(), x_TH) if wants_weight else None
+        if dweights_TK is not None:
+            chosen_TE = _gpu().choose_backward_on_gpu(
+                dweights_TK, logits_TE, experts_TK, ctx.recipe
+            )
+            dlogits_TE = chosen_TE if dlogits_TE is None else chosen_TE + dlogits_TE
+        if dlogits_TE is None:
+            return (None,) * 5
+        if wants_bias:
+            dbias_E = dlogits_TE.sum(0).to(x_TH.dtype)
+        if ctx.widens:
+            dx_TH, dweight_EH = backward_in_summands(
+                dlogits_TE, x_TH, weight_EH, wants_x, wants_weight
+            )
+        else:
+            dlogits_TE = dlogits_TE.to(x_TH.dtype)
+            dx_TH = torch.mm(dlogits_TE, weight_EH) if wants_x else None
+            dweight_EH = torch.mm(dlogits_TE.t(), x_TH) if wants_weight else None
         given = (dx_TH if wants_x else None, dweight_EH if wants_weight else None, dbias_E)
-        return (*given, None, None, None, None, None)
+        return (*given, None, None)

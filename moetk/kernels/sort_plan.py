@@ -5,7 +5,9 @@ Letters: T tokens, K choices a token, N = T*K assignments, E experts.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,8 +49,8 @@ def sort_plan(experts_TK: Tensor, kept_TK: Tensor | None, num_experts: int) -> S
     experts_TK: int64; ids outside [0, num_experts) count as unused, and so does what kept_TK (bool,
     None = all) drops. On CUDA one op, `moetk::sort_plan`, up to 4096 experts.
     """
-    if experts_TK.device.type == "cuda" and num_experts <= _MOST_ON_GPU:
-        sort = _sort_on_gpu if direct(experts_TK) else _sort_plan
+    if experts_TK.is_cuda and num_experts <= _MOST_ON_GPU:
+        sort = _gpu().sort_on_gpu if direct(experts_TK) else _sort_plan
         return SortPlan(*sort(experts_TK, kept_TK, num_experts))
     choice_N, source_N, slot_TK, offsets_E = sort_in_torch(experts_TK, kept_TK, num_experts)
     on_cpu = experts_TK.device.type == "cpu" and not torch.compiler.is_compiling()
@@ -92,10 +94,16 @@ _sort_plan = torch.library.custom_op(
 def _sort_on_gpu(
     experts_TK: Tensor, kept_TK: Tensor | None, num_experts: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    from moetk.kernels.gpu.plan import sort_on_gpu
-
     with on_device_of(experts_TK):
-        return sort_on_gpu(experts_TK, kept_TK, num_experts)
+        return _gpu().sort_on_gpu(experts_TK, kept_TK, num_experts)  # type: ignore[no-any-return]
+
+
+@functools.cache
+def _gpu() -> Any:
+    """The kernels' module; it imports Triton."""
+    from moetk.kernels.gpu import plan
+
+    return plan
 
 
 @_sort_plan.register_fake

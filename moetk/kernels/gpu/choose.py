@@ -7,6 +7,7 @@ C = the G * M columns of a row, each of G and M padded to a power of two.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -277,49 +278,56 @@ def choose_on_gpu(
     float32.
     """
     num_tokens, num_experts = logits_TE.shape
-    score_dtype = _check(logits_TE, top_k, recipe)
+    bias_dtype = None
+    if bias_E is not None:
+        bias_dtype, bias_E = bias_E.dtype, bias_E.contiguous()
+    score_dtype, rows, constants = _constants(
+        logits_TE.dtype, num_experts, top_k, recipe, bias_dtype
+    )
     experts_TK = logits_TE.new_empty((num_tokens, top_k), dtype=torch.int64)
     weights_TK = logits_TE.new_empty((num_tokens, top_k), dtype=weight_dtype or score_dtype)
     if num_tokens == 0:
         return experts_TK, weights_TK
+    logits_TE = logits_TE.contiguous()
+    args = (logits_TE, bias_E, experts_TK, weights_TK, num_tokens, recipe.eps, recipe.scale)
+    launch(_choose_kernel, (divided(num_tokens, rows),), args, constants, warps=_NUM_WARPS)
+    return experts_TK, weights_TK
+
+
+@functools.cache
+def _constants(
+    dtype: torch.dtype,
+    num_experts: int,
+    top_k: int,
+    recipe: Recipe,
+    bias_dtype: torch.dtype | None,
+) -> tuple[torch.dtype, int, tuple[Any, ...]]:
+    """The score dtype, the rows of a program, and what the kernel is compiled for. Raises where it
+    cannot run."""
+    score_dtype = _check(dtype, num_experts, top_k, recipe)
     groups = recipe.groups if recipe.limited else 1
     group_columns = power_of_two(groups)
     member_columns = power_of_two(num_experts // groups)
     rows = max(1, _TILE // (group_columns * member_columns))
     choice_dtype = score_dtype
-    if bias_E is not None:
-        choice_dtype = torch.promote_types(score_dtype, bias_E.dtype)
-        bias_E = bias_E.contiguous()
-    launch(
-        _choose_kernel,
-        (divided(num_tokens, rows),),
-        (
-            logits_TE.contiguous(),
-            bias_E,
-            experts_TK,
-            weights_TK,
-            num_tokens,
-            recipe.eps,
-            recipe.scale,
-        ),
-        (
-            num_experts,
-            top_k,
-            recipe.score,
-            recipe.over_chosen,
-            groups,
-            recipe.top_groups if recipe.limited else 1,
-            recipe.renormalise,
-            _TL[score_dtype],
-            _TL[choice_dtype],
-            rows,
-            group_columns,
-            member_columns,
-            power_of_two(top_k),
-        ),
-        warps=_NUM_WARPS,
+    if bias_dtype is not None:
+        choice_dtype = torch.promote_types(score_dtype, bias_dtype)
+    constants = (
+        num_experts,
+        top_k,
+        recipe.score,
+        recipe.over_chosen,
+        groups,
+        recipe.top_groups if recipe.limited else 1,
+        recipe.renormalise,
+        _TL[score_dtype],
+        _TL[choice_dtype],
+        rows,
+        group_columns,
+        member_columns,
+        power_of_two(top_k),
     )
-    return experts_TK, weights_TK
+    return score_dtype, rows, constants
 
 
 def choose_backward_on_gpu(
@@ -327,7 +335,7 @@ def choose_backward_on_gpu(
 ) -> Tensor:
     """`choose_backward_in_torch` in one launch. Raises as `choose_on_gpu`."""
     (num_tokens, num_experts), top_k = logits_TE.shape, experts_TK.shape[1]
-    score_dtype = _check(logits_TE, top_k, recipe)
+    score_dtype = _check(logits_TE.dtype, num_experts, top_k, recipe)
     dlogits_TE = torch.empty_like(logits_TE, memory_format=torch.contiguous_format)
     if num_tokens == 0:
         return dlogits_TE
@@ -361,19 +369,18 @@ def choose_backward_on_gpu(
     return dlogits_TE
 
 
-def _check(logits_TE: Tensor, top_k: int, recipe: Recipe) -> torch.dtype:
-    """The score dtype; raises where the kernels cannot run."""
-    num_experts = logits_TE.shape[1]
+def _check(dtype: torch.dtype, num_experts: int, top_k: int, recipe: Recipe) -> torch.dtype:
+    """The score dtype for logits of a dtype; raises where the kernels cannot run."""
     if num_experts > MAX_EXPERTS or top_k > MAX_TOP_K:
         raise RouterConfigError(
             f"moetk::choose: {num_experts} experts and top_k={top_k}; its kernels take up to "
             f"{MAX_EXPERTS} and {MAX_TOP_K}. Call the router's own forward."
         )
-    score_dtype = recipe.score_dtype or logits_TE.dtype
-    for name, dtype in (("logits_TE", logits_TE.dtype), ("score_dtype", score_dtype)):
-        if dtype not in _TL:
+    score_dtype = recipe.score_dtype or dtype
+    for name, found in (("logits_TE", dtype), ("score_dtype", score_dtype)):
+        if found not in _TL:
             raise MoeDtypeError(
-                f"moetk::choose: {name} is {dtype}; its kernels take float32, bfloat16 and "
+                f"moetk::choose: {name} is {found}; its kernels take float32, bfloat16 and "
                 "float16. Call the router's own forward."
             )
     return score_dtype

@@ -77,11 +77,9 @@ class Site:
         self, visit: Visit | None, token_ids: Tensor | None = None, router: Any = None
     ) -> RouterContext:
         if visit is None:
-            return (
-                RouterContext(token_ids=token_ids, where=self)
-                if token_ids is not None
-                else self.alone
-            )
+            if token_ids is None:
+                return self.alone
+            return RouterContext(token_ids=token_ids, where=self)
         previous = None
         if router is not None and self.index > 0:
             reads = getattr(router, "reads_previous", False)

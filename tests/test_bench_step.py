@@ -250,11 +250,21 @@ def test_loss_curves_end_to_end() -> None:
         model.model.embed_tokens.weight.requires_grad_(True).register_hook(torch.zeros_like)
         model.lm_head.weight.data.mul_(50)
 
-    wanted = [*step_contenders_named("v5,moetk"), StepContender("dead", dead)]
-    good, bad = compare_curves(SHAPE, wanted, METER, range(3), 20, torch.float32)
+    def broken(model: Any) -> None:
+        raise RuntimeError("no such library")
+
+    wanted = [
+        *step_contenders_named("v5,moetk"),
+        StepContender("broken", broken),
+        StepContender("dead", dead),
+    ]
+    good, lost, bad = compare_curves(SHAPE, wanted, METER, range(3), 20, torch.float32)
     assert [verdict.step for verdict in good.verdicts] == [20]
     verdict = good.verdicts[0]
     assert verdict.loss == pytest.approx(verdict.twin, rel=1e-4)
+    assert not lost.ok and not lost.verdicts  # the others are told all the same
+    assert curve_rows(lost, "words")[0].note == "error: RuntimeError: no such library"
+    assert "no such library" in printed(curve_table(lost))
     assert not bad.ok
     assert "OUTSIDE" in curve_rows(bad, "words")[0].note
     assert "outside" in printed(curve_table(bad)) and f"seed {bad.seed}" in printed(

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Generator, Tensor
 
 from moetk.bench.meter import Meter
+from moetk.bench.race import told
 from moetk.bench.shapes import ModelShape
 from moetk.bench.step import StepContender, training
 from moetk.errors import ConfigError
@@ -68,15 +69,17 @@ class Verdict:
 
 @dataclass(frozen=True)
 class CurveReport:
-    """One contender against the stock seeds. verdicts: one at every 20th step."""
+    """One contender against the stock seeds. verdicts: one at every 20th step. error: what ended
+    its training, which then has no verdict."""
 
     name: str
     seed: int
-    verdicts: Sequence[Verdict]
+    verdicts: Sequence[Verdict] = ()
+    error: str | None = None
 
     @property
     def ok(self) -> bool:
-        return all(verdict.ok for verdict in self.verdicts)
+        return self.error is None and all(verdict.ok for verdict in self.verdicts)
 
 
 def compare_curves(
@@ -86,8 +89,9 @@ def compare_curves(
     seeds: Sequence[int],
     steps: int,
     dtype: torch.dtype = torch.bfloat16,
-) -> list[CurveReport]:
-    """The first contender runs once for each seed, the others once each, with `middle_seed`.
+) -> Iterator[CurveReport]:
+    """The first contender runs once for each seed, the others once each, with `middle_seed`. Each
+    is told when it is through; one that raises has the reason in its report, and the others go on.
 
     Raises ConfigError for fewer than three seeds or twenty steps.
     """
@@ -95,17 +99,27 @@ def compare_curves(
         raise ConfigError(f"{steps} steps of a loss curve; {EVERY} or more are judged.")
     if len(seeds) < 3:  # told before the training, not after it
         raise ConfigError(f"{len(seeds)} seeds of the stock model; a range needs 3 or more.")
+    return _compared(shape, contenders, meter, seeds, steps, dtype)
+
+
+def _compared(
+    shape: ModelShape,
+    contenders: Sequence[StepContender],
+    meter: Meter,
+    seeds: Sequence[int],
+    steps: int,
+    dtype: torch.dtype,
+) -> Iterator[CurveReport]:
     first, *others = contenders
     stock = {seed: loss_curve(shape, first, meter, seed, steps, dtype) for seed in seeds}
     seed = middle_seed(stock)
-    return [
-        CurveReport(
-            other.name,
-            seed,
-            judge(stock, seed, loss_curve(shape, other, meter, seed, steps, dtype)),
-        )
-        for other in others
-    ]
+    for other in others:
+        try:
+            curve = loss_curve(shape, other, meter, seed, steps, dtype)
+        except Exception as error:  # whatever it is, it belongs in the report
+            yield CurveReport(other.name, seed, error=told(error))
+        else:
+            yield CurveReport(other.name, seed, judge(stock, seed, curve))
 
 
 def judge(

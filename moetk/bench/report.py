@@ -201,6 +201,8 @@ def kernel_table(profile: Profile, who: str) -> Table:
 
 def curve_rows(curve: CurveReport, words: str) -> list[Row]:
     """The loss at each judged step; the note has the stock seeds' range."""
+    if curve.error is not None:
+        return [Row("loss curve", curve.name, words, None, "nats", note=f"error: {curve.error}")]
     return [
         Row(
             f"loss at step {verdict.step}",
@@ -229,7 +231,7 @@ def curve_table(curve: CurveReport) -> Table:
             f"{verdict.loss - verdict.twin:+.1e}",
             "within" if verdict.ok else "[red]outside[/]",
         )
-    return table
+    return _with_notes(table, [(curve.name, curve.error)])
 
 
 def _with_notes(table: Table, notes: Sequence[tuple[str, str | None]]) -> Table:

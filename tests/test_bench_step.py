@@ -73,6 +73,21 @@ def printed(table: Any) -> str:
     return captured.get()
 
 
+def test_libraries_are_loaded_before_anybodys_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[str] = []
+
+    def prepare(model: Any) -> None:
+        order.append("prepare")
+
+    monkeypatch.setattr("moetk.bench.step.import_module", order.append)
+    late = StepContender("late", prepare, library="a.library")
+    steps_of([StepContender("v5", prepare), late, late], steps=1)
+    assert order == ["a.library", *["prepare"] * 4]
+    monkeypatch.undo()
+    [_, missing, _] = steps_of([StepContender("v5", as_it_is), late], steps=1)
+    assert missing.error is None  # a library that is not there is its contender's to miss
+
+
 def test_the_default_is_eight_layers_of_qwen3() -> None:
     config = ModelShape().config()
     assert (config.num_hidden_layers, config.num_experts, config.hidden_size) == (8, 128, 2048)

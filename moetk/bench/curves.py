@@ -11,7 +11,7 @@ from torch import Generator, Tensor
 from moetk.bench.meter import Meter
 from moetk.bench.race import told
 from moetk.bench.shapes import ModelShape
-from moetk.bench.step import StepContender, training
+from moetk.bench.step import StepContender, load_libraries, training
 from moetk.errors import ConfigError
 
 EVERY = 20
@@ -110,6 +110,7 @@ def _compared(
     steps: int,
     dtype: torch.dtype,
 ) -> Iterator[CurveReport]:
+    load_libraries(contenders)
     first, *others = contenders
     stock = {seed: loss_curve(shape, first, meter, seed, steps, dtype) for seed in seeds}
     seed = middle_seed(stock)

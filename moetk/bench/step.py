@@ -7,8 +7,9 @@ the end: how far its two medians differ is how far the machine drifted.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from moetk.errors import ConfigError
 
 AGAIN = " again"
 ATTENTION = "sdpa"
+TE = "transformer_engine.pytorch"
 Prepare = Callable[[Any], Any]
 
 
@@ -42,11 +44,20 @@ def moetk_adamw(parameters: Iterable[Tensor], rate: float) -> torch.optim.Optimi
 class StepContender:
     """`prepare` changes the stock model in place before its optimizer is made by `optimizer`, from
     parameters and learning rate. What `prepare` returns may have an `explain()`, whose text says
-    what ran."""
+    what ran. library: a module that is loaded before anybody's step."""
 
     name: str
     prepare: Prepare
     optimizer: Callable[[Iterable[Tensor], float], torch.optim.Optimizer] = torch_adamw
+    library: str | None = None
+
+
+def load_libraries(contenders: Iterable[StepContender]) -> None:
+    """Transformer Engine finds a cuDNN of its own, which can no longer be loaded once torch has
+    loaded its. Where a library is missing, its contender will say so."""
+    for library in {one.library for one in contenders if one.library is not None}:
+        with suppress(Exception):
+            import_module(library)
 
 
 def as_it_is(model: Any) -> None:
@@ -143,9 +154,9 @@ def step_contenders(backend: str = "auto") -> dict[str, StepContender]:
         StepContender("moetk-step", sped_up(backend)),
         StepContender("moetk-step-compiled", compiled(sped_up(backend))),
         StepContender("moetk-step-adamw", sped_up(backend), moetk_adamw),
-        StepContender("moetk-step-te", sped_up("te"), moetk_adamw),
-        StepContender("moetk-step-te-fp8", in_fp8("Float8CurrentScaling"), moetk_adamw),
-        StepContender("moetk-step-te-fp8-block", in_fp8("Float8BlockScaling"), moetk_adamw),
+        StepContender("moetk-step-te", sped_up("te"), moetk_adamw, TE),
+        StepContender("moetk-step-te-fp8", in_fp8("Float8CurrentScaling"), moetk_adamw, TE),
+        StepContender("moetk-step-te-fp8-block", in_fp8("Float8BlockScaling"), moetk_adamw, TE),
     )
     return {contender.name: contender for contender in everyone}
 
@@ -263,6 +274,7 @@ def measure_steps(
 
     A contender that raises has the reason in its result, and the others go on.
     """
+    load_libraries(contenders)
     first, *_ = contenders
     order = [*contenders, replace(first, name=first.name + AGAIN)]
     results = []

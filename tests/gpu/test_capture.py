@@ -203,3 +203,38 @@ def test_generates_the_same_twice_in_bf16_on_the_fused_bank(family):
     assert torch.equal(first.sequences, second.sequences)
     assert torch.equal(torch.stack(first.logits), torch.stack(second.logits))
     assert torch.stack(first.logits).isfinite().all()
+
+
+@needs_kernels
+@each_layer
+def test_a_layer_as_torchs_graphed_callables(name):
+    """Forward and backward are a CUDA graph each, replayed wherever Python calls the layer."""
+    layer, x_TH, dy_TH = made(name)
+    graphed = copy.deepcopy(layer)
+    torch.cuda.make_graphed_callables(graphed, (x_TH.clone().requires_grad_(),))
+    for seed in (70, 71):
+        x_TH = normal(seed, TOKENS, H, dtype=BF16)
+        leaves = {"x": x_TH.requires_grad_(), **dict(graphed.named_parameters())}
+        found = grown(leaves, {"y": graphed(leaves["x"])}, [dy_TH])
+        assert_bitwise(found, stepped(layer, x_TH, dy_TH))
+
+
+@needs_kernels
+def test_launches_go_below_triton():
+    """Of the Triton at hand; of another one they would be slower, and as right."""
+    layer, x_TH, dy_TH = made("qwen3")
+    stepped(layer, x_TH, dy_TH)
+    from moetk.kernels.gpu import launch
+
+    assert launch._compiled and all(one.call is not None for one in launch._compiled.values())
+
+
+@needs_kernels
+def test_what_starts_between_multiples_of_16_bytes_is_left_to_triton():
+    call = drawn(OSS, 300, 4, bias=True)
+    weights_N = torch.empty(call.leaves["weights_TK"].numel() + 1, device=DEVICE, dtype=BF16)
+    shifted = weights_N[1:].view_as(call.leaves["weights_TK"])
+    shifted.copy_(call.leaves["weights_TK"])
+    assert shifted.data_ptr() % 16
+    moved = call.with_leaves(weights_TK=shifted)
+    assert_bitwise(moved.run(on_kernels), call.run(on_kernels))

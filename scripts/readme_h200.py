@@ -1,0 +1,120 @@
+"""Writes the README's tables of one H200 from scripts/results/{layer,step}.csv.
+
+    python scripts/readme_h200.py [--check]
+
+--check writes nothing and exits 1 when the README differs from the rows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from moetk.bench.report import BOTH, PEAK, SAVED, STEP, STEP_PEAK
+
+ROOT = Path(__file__).resolve().parents[1]
+BEGIN, END = "<!-- scripts/readme_h200.py -->", "<!-- end of the H200's tables -->"
+Rows = list[dict[str, str]]
+
+# A line of the table: its words, the layer and its tokens, who stands for moetk, and what the
+# command that measured it names, where several did.
+LAYERS = (
+    ("Qwen3-30B-A3B, 16,384 tokens", "qwen3-30b-a3b", 16384, "moetk-fused-adds", "graphed"),
+    ("Qwen3-30B-A3B, 4,096", "qwen3-30b-a3b", 4096, "moetk-fused-adds", "graphed"),
+    ("Qwen3-30B-A3B, 256", "qwen3-30b-a3b", 256, "moetk-fused-adds", "graphed"),
+    ("OLMoE-1B-7B, 16,384", "olmoe-1b-7b", 16384, "moetk-fused-adds", ""),
+    ("Mixtral-8x7B, 16,384, `te`", "mixtral-8x7b", 16384, "moetk-te-adds", "moetk-te"),
+    ("DeepSeek-V3, 32 of its experts, 16,384", "dsv3-ep8", 16384, "moetk-fused-adds", ""),
+)
+STEPS = (
+    ("8 layers, 4 x 4,096 tokens", "layers=8 batch=4 length=4096"),
+    ("12 layers, 4 x 4,096", "layers=12 batch=4 length=4096"),
+    ("8 layers, 1 x 4,096", "layers=8 batch=1 length=4096"),
+)
+
+
+def read(name: str) -> Rows:
+    with (ROOT / "scripts" / "results" / name).open(newline="") as stream:
+        return list(csv.DictReader(stream))
+
+
+def value(rows: Rows, what: str, who: str) -> float | None:
+    """Of the one row that tells it; None where there is none."""
+    found = [row for row in rows if (row["what"], row["who"]) == (what, who) and row["value"]]
+    return float(found[0]["value"]) if found else None
+
+
+def layer_lines(rows: Rows) -> Iterator[str]:
+    columns = "v5 | moetk | of v5 | v5, graphed | moetk, graphed | saved MiB | peak MiB"
+    yield f"| layer, forward + backward | {columns} |"
+    yield "|---|---|---|---|---|---|---|---|"
+    for words, layer, tokens, who, command in LAYERS:
+        mine = [
+            row
+            for row in rows
+            if row["shape"].startswith(f"layer={layer} ")
+            and f" T={tokens} routing=balanced grads=accumulate " in row["shape"]
+            and row["launch"] == "eager"
+            and command in row["command"]
+        ]
+        theirs, ours = value(mine, BOTH, "v5"), value(mine, BOTH, who)
+        ratio = value(mine, f"{BOTH} ratio", who)
+        graphs = [value(mine, BOTH, f"{name}-graphed") for name in ("v5", who)]
+        cells = [*(f"{ms:.2f} ms" if ms else "" for ms in (theirs, ours)), f"{ratio:.3f}"]
+        cells += [f"{ms:.2f} ms" if ms else "" for ms in graphs]
+        for what in (SAVED, PEAK):
+            pair = value(mine, what, "v5"), value(mine, what, who)
+            cells.append(" to ".join(f"{mib:,.0f}" for mib in pair if mib is not None))
+        yield f"| {words} | {' | '.join(cells)} |"
+
+
+def step_lines(rows: Rows) -> Iterator[str]:
+    yield "| step: forward, loss, backward, AdamW | v5 | moetk | of v5 | peak GiB |"
+    yield "|---|---|---|---|---|"
+    for words, shape in STEPS:
+        mine = [row for row in rows if row["shape"].startswith(f"{shape} ")]
+        mine = [row for row in mine if "v5," in row["command"]]
+        cells = [f"{value(mine, STEP, who):.3f} s" for who in ("v5", "moetk-step-adamw")]
+        cells.append(f"{value(mine, 'step ratio', 'moetk-step-adamw'):.3f}")
+        peaks = (value(mine, STEP_PEAK, who) for who in ("v5", "moetk-step-adamw"))
+        cells.append(" to ".join(f"{gib:.1f}" for gib in peaks if gib is not None))
+        yield f"| {words} | {' | '.join(cells)} |"
+
+
+def tables() -> str:
+    layers, steps = read("layer.csv"), read("step.csv")
+    row = layers[0]
+    return "\n".join(
+        [
+            *layer_lines(layers),
+            "",
+            *step_lines(steps),
+            "",
+            f"One {row['gpu']}, bf16; {row['versions'].partition(', liger')[0]}, at commit "
+            f"{row['commit']}; medians, the contenders in turn. moetk adds to gradients in place; "
+            "its step has `speed_up` and `moetk.train.AdamW`.",
+        ]
+    )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--check", action="store_true")
+    options = parser.parse_args()
+    path = ROOT / "README.md"
+    before, _, rest = path.read_text().partition(BEGIN)
+    _, _, after = rest.partition(END)
+    text = f"{before}{BEGIN}\n{tables()}\n{END}{after}"
+    if options.check:
+        return int(text != path.read_text())
+    path.write_text(text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -113,52 +113,12 @@ def _rows(
         expert, tile, start, end, num_m = find_tile(offsets_ptr, pid, num_n, E, EP, BM)
         pm, pn = in_groups(tile, num_m, num_n, GM)
         first = start + pm * BM
+        held = a_ptr, a_desc, source_ptr, w_desc, bias_ptr, c_ptr, c_desc
+        where = expert, first, end, pn
         if TAIL == 0 or first + TAIL < end:
-            _tile(
-                a_ptr,
-                a_desc,
-                source_ptr,
-                w_desc,
-                bias_ptr,
-                c_ptr,
-                c_desc,
-                expert,
-                first,
-                end,
-                pn,
-                A,
-                B,
-                NT,
-                GATHER,
-                BIAS,
-                True,
-                BM,
-                BN,
-                BK,
-            )
+            _tile(*held, *where, A, B, NT, GATHER, BIAS, True, BM, BN, BK)
         else:
-            _tile(
-                a_ptr,
-                a_desc,
-                source_ptr,
-                w_desc,
-                bias_ptr,
-                c_ptr,
-                c_desc,
-                expert,
-                first,
-                end,
-                pn,
-                A,
-                B,
-                NT,
-                GATHER,
-                BIAS,
-                False,
-                TAIL if TAIL > 0 else BM,
-                BN,
-                BK,
-            )
+            _tile(*held, *where, A, B, NT, GATHER, BIAS, False, TAIL, BN, BK)
 
 
 def rows_times(

@@ -148,58 +148,12 @@ def _up(
         return
     pm, pn = in_groups(tile, num_m, num_n, GM)
     first = start + pm * BM
+    held = x_ptr, source_ptr, w_desc, bias_ptr, h_ptr, a_ptr
+    where = expert, first, end, pn
     if TAIL == 0 or first + TAIL < end:
-        _tile(
-            x_ptr,
-            source_ptr,
-            w_desc,
-            bias_ptr,
-            h_ptr,
-            a_ptr,
-            expert,
-            first,
-            end,
-            pn,
-            H,
-            I,
-            NT,
-            GATED,
-            SPLIT,
-            BIAS,
-            KEEP,
-            ACT,
-            ALPHA,
-            LIMIT,
-            BM,
-            BN,
-            BK,
-        )
+        _tile(*held, *where, H, I, NT, GATED, SPLIT, BIAS, KEEP, ACT, ALPHA, LIMIT, BM, BN, BK)
     else:
-        _tile(
-            x_ptr,
-            source_ptr,
-            w_desc,
-            bias_ptr,
-            h_ptr,
-            a_ptr,
-            expert,
-            first,
-            end,
-            pn,
-            H,
-            I,
-            NT,
-            GATED,
-            SPLIT,
-            BIAS,
-            KEEP,
-            ACT,
-            ALPHA,
-            LIMIT,
-            TAIL if TAIL > 0 else BM,
-            BN,
-            BK,
-        )
+        _tile(*held, *where, H, I, NT, GATED, SPLIT, BIAS, KEEP, ACT, ALPHA, LIMIT, TAIL, BN, BK)
 
 
 def _descriptor(up: Tensor, form: Form, n: int, k: int) -> Tiled:

@@ -59,3 +59,17 @@ def test_a_tuned_table_is_read_back(tmp_path, monkeypatch):
     finally:
         tiles.tile_table.cache_clear()
         tiles.tile_for.cache_clear()
+
+
+def test_an_older_table_is_refused_by_name(tmp_path, monkeypatch):
+    from moetk.kernels.gpu import tiles
+
+    written = tmp_path / "old.csv"
+    written.write_text("kernel,rows,columns,reduction,m,n,k,warps,stages,group,per_sm\n")
+    monkeypatch.setenv("MOETK_TILES", str(written))
+    tiles.tile_table.cache_clear()
+    try:
+        with pytest.raises(BackendError, match="old.csv lacks the column 'tail'.*--tune"):
+            tiles.tile_table()
+    finally:
+        tiles.tile_table.cache_clear()

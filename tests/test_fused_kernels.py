@@ -303,6 +303,33 @@ def products(counts: list[int], a: int, b: int) -> None:
     near(segment_sum(other_NB, offsets_E), twin.segment_sum(clean_NB, offsets_E))
 
 
+def last_rows_of_up(counts: list[int]) -> None:
+    """The up product with a smaller tile for an expert's last rows, in both layouts of gate and
+    up; NaN where it has no business."""
+    from moetk.kernels.form import Form
+    from moetk.kernels.gpu.tiles import Tile
+    from moetk.kernels.gpu.up import up_activate
+
+    torch.manual_seed(0)
+    offsets_E, used = torch.tensor(counts).cumsum(0).int(), sum(counts)
+    x_TH = normal(used + 4, 20)
+    x_TH[-1] = float("nan")
+    source_N = torch.cat([torch.randperm(used + 3)[:used], torch.full((NOBODYS,), used + 3)]).int()
+    up, bias_EJ = normal(len(counts), 48, 20), normal(len(counts), 48)
+    rows_NH = x_TH[source_N.long()].clone()
+    rows_NH[used:] = 0
+    for form in (Form(), Form(interleaved=True), Form("gelu", gated=False)):
+        want_NJ = grouped_mm(rows_NH, form.columns(up), offsets_E)[:used]
+        want_NJ = want_NJ + twin.bias_rows(bias_EJ, offsets_E, used)
+        for tile in (Tile(32, 16, 16, 4, 2, tail=16), Tile(32, 32, 16, 4, 2, group=1, tail=16)):
+            h_NJ, a_NI = up_activate(
+                x_TH, source_N, up, bias_EJ, offsets_E, form, keep=True, tile=tile
+            )
+            near(h_NJ[:used], want_NJ)
+            near(a_NI[:used], form.activate(want_NJ))
+            assert h_NJ[used:].isnan().all() and a_NI[used:].isnan().all()
+
+
 def near(found: Tensor, want: Tensor) -> None:
     torch.testing.assert_close(found, want, rtol=1e-5, atol=1e-5)
 
@@ -313,11 +340,13 @@ SHARED_MEMORY = 227 * 1024  # bytes that one program may have on Hopper
 
 
 def the_table_of_tiles() -> None:
+    from moetk.bench.tiles import tiles_to_try
     from moetk.kernels.gpu.tiles import tile_for, tile_table
 
     for kernel, entries in tile_table().items():
         for rows_, columns, reduction, tile in entries:
             assert rows_ >= 1 and columns >= 1 and reduction >= 1
+            assert tile in tiles_to_try(kernel, rows_), (kernel, rows_, tile)  # or none is tuned
             for size in (tile.m, tile.n, tile.k):
                 assert size >= 16 and size & (size - 1) == 0, (kernel, tile)
             assert tile.warps in (4, 8) and tile.stages >= 1 and tile.group >= 1
@@ -378,6 +407,7 @@ CASES: dict[str, Callable[[], None]] = {
         for name, counts in COUNTS.items()
         for a, b in ((20, 24), (32, 48))
     },
+    **{f"up: {name}": partial(last_rows_of_up, counts) for name, counts in COUNTS.items()},
     "tiles": the_table_of_tiles,
     "tiles: kernels": the_kernels_of_the_table,
 }

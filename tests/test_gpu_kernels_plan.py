@@ -122,6 +122,33 @@ def one_node(recipe: Recipe) -> None:
                 agree(mine, true, 12, f"gradients of {which}")
 
 
+def one_node_that_casts() -> None:
+    """Operands of other dtypes than the product's: what is cast comes back in its own."""
+    from moetk.kernels import route as room
+
+    half, whole, recipe = torch.float16, torch.float32, RECIPES["softmax"]
+    for dtypes, gemm in (((half, half, whole), whole), ((whole, half, half), None)):
+        x_TH, weight_EH, bias_E = (
+            normal(seed, *shape).to(dtype).requires_grad_()
+            for seed, (shape, dtype) in enumerate(
+                zip(((7, 8), (12, 8), (12,)), dtypes, strict=True)
+            )
+        )
+        given = (x_TH, weight_EH, bias_E, None, 4, recipe, gemm, None)
+        want = room.route(*given)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(room, "direct", lambda tensor: True)
+            got = room.route(*given)
+        assert torch.equal(got[0], want[0])
+        dweights_TK = normal(3, 7, 4).to(want[1].dtype)
+        leaves = [x_TH, weight_EH, bias_E]
+        grads = [torch.autograd.grad(each[1], leaves, dweights_TK) for each in (got, want)]
+        pairs = zip((*got[1:], *grads[0]), (*want[1:], *grads[1]), strict=True)
+        for mine, true in pairs:
+            assert mine.dtype == true.dtype
+            torch.testing.assert_close(mine, true, rtol=2e-3, atol=2e-3)
+
+
 def exact_choice() -> None:
     """Neighbouring fp32 numbers are told apart, and only equal ones tie."""
     from moetk.kernels.gpu.choose import choose_on_gpu
@@ -243,6 +270,7 @@ def summands() -> None:
 CASES: dict[str, Callable[[], None]] = {
     **{f"choose: {name}": (lambda r=r: choosing(r)) for name, r in RECIPES.items()},
     **{f"route: {name}": (lambda r=r: one_node(r)) for name, r in RECIPES.items()},
+    "route: casts": one_node_that_casts,
     "choose: exact": exact_choice,
     "choose: rounded weights": rounded_weights,
     "choose: float16": half_scores,

@@ -26,9 +26,12 @@ def made(launch: Any, **changes: Any) -> tuple[Any, list[tuple[Any, ...]]]:
     """A compiled kernel as Triton 3.6 makes it, around a launcher, and the calls of its `run`."""
     called: list[tuple[Any, ...]] = []
 
-    class Launcher:
+    class Launcher(driver.CudaLauncher):
         global_scratch_size = profile_scratch_size = 0
         launch_cooperative_grid, launch_pdl = False, True
+
+        def __init__(self) -> None:
+            pass  # it would compile
 
         def __call__(self, *args: Any) -> None:
             called.append(args)
@@ -96,6 +99,21 @@ def test_a_launcher_that_is_built_otherwise_is_left_to_triton(
     assert args[:9] == (*GRID, STREAM, 11, (8, 1, 64), None, None, None)
     assert args[9] is X and args[10].block_shape == [2, 8] and args[12].strides == [64, 16, 1]
     assert args[-2:] == CONSTANTS
+
+
+@pytest.mark.parametrize("version", ["3.5.1", "3.7.0", "3.60.0"])
+def test_another_triton_is_left_alone(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(room.triton, "__version__", version)
+    compiled, called = made(max)
+    room._Compiled(compiled).run(GRID, STREAM, flat(), ARGS, CONSTANTS)
+    assert len(called) == 1
+
+
+def test_another_launcher_is_left_alone() -> None:
+    compiled, called = made(max)
+    compiled.run = lambda *args: called.append(args)
+    room._Compiled(compiled).run(GRID, STREAM, flat(), ARGS, CONSTANTS)
+    assert len(called) == 1
 
 
 def test_a_c_function_is_called_as_it_is() -> None:

@@ -128,11 +128,12 @@ def run_in_fp8(module: nn.Module, recipe: str) -> None:
 def graphed(contender: Contender) -> Contender:
     """The contender's layer after torch.cuda.make_graphed_callables: forward and backward are a
     CUDA graph each, replayed wherever Python calls the layer. They are recorded in its first call,
-    for those sizes, with gradients that stay where they are (not with --grads fresh)."""
+    for those sizes, with gradients that stay where they are (not with --grads fresh). Forward alone
+    is the contender's own."""
 
     def build(model: Any) -> nn.Module:
         layer = contender.build(model)
-        parameters = list(layer.parameters())
+        plain, parameters = layer.forward, list(layer.parameters())
 
         def first(x: Tensor) -> Any:
             del vars(layer)["forward"]
@@ -152,6 +153,8 @@ def graphed(contender: Contender) -> Contender:
             replay = layer.forward
 
             def run(x: Tensor) -> Any:
+                if not torch.is_grad_enabled():  # the graph would keep what backward needs
+                    return plain(x)
                 if any(p.grad is not grad for p, grad in zip(parameters, grads, strict=True)):
                     raise ConfigError("a graph adds to the gradients it was recorded with.")
                 return replay(x)

@@ -107,6 +107,7 @@ class CudaMeter:
         end.record()
         while not end.query():
             pass
+        self.synchronize()  # other streams
         return float(start.elapsed_time(end))
 
     def wall(self, call: Callable[[], Value]) -> tuple[float, Value]:

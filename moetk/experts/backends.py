@@ -10,6 +10,7 @@ import csv
 import functools
 import importlib.util
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any, TypeVar
@@ -262,26 +263,24 @@ def pick_backend(
 
     Raises BackendError when the one asked for by name cannot run here: nothing falls back silently.
     """
-    if not torch.compiler.is_compiling():
-        table = id(auto_table()) if name == "auto" else 0
-        known = _lasting_pick(name, table, dtype, device, num_rows, spec, routing)
-        if known is not None:
-            return known
+    if not torch.compiler.is_compiling() and (name != "auto" or auto_table() is _read_table()):
+        with suppress(TypeError):  # an activation that has no hash, a number that is a symbol
+            known = _lasting_pick(name, dtype, device, num_rows, spec, routing)
+            if known is not None:
+                return known
     return _pick(name, dtype, device, num_rows, where, spec, routing)
 
 
 @functools.lru_cache(maxsize=4096)
 def _lasting_pick(
     name: str,
-    table: int,
     dtype: torch.dtype,
     device: torch.device,
     num_rows: int,
     spec: BankSpec | None,
     routing: type,
 ) -> Backend | None:
-    """What `_pick` finds, remembered; None where it is to be asked each time, or raises. table:
-    which of the tables of `auto` it was found in."""
+    """What `_pick` finds, remembered; None where it is to be asked each time, or raises."""
     if name == "auto":
         rows = (row for row in auto_table() if _fits(row, device.type, dtype, num_rows, spec))
         asked = [_BACKENDS[row.backend] for row in rows]

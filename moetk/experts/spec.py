@@ -6,7 +6,7 @@ Letters: E experts, H hidden, I expert width, J = 2I for gated activations, else
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -55,6 +55,10 @@ class BankSpec:
             known = hash(tuple(getattr(self, f.name) for f in fields(self)))
             self.__dict__["_hash"] = known
         return known
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the hash: of text it differs from process to process."""
+        return {name: value for name, value in self.__dict__.items() if name != "_hash"}
 
     @property
     def gated(self) -> bool:

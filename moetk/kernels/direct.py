@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def direct(tensor: Tensor) -> bool:
-    """True in plain eager CUDA on the current device, where nobody watches operators go by.
+    """True in plain eager CUDA, where nobody watches operators go by.
 
     The dispatcher and a custom operator's checks cost some 100 us a call on the host, forward and
     backward together, as long as the kernels of a layer take at a few hundred tokens. The operator
@@ -20,7 +20,6 @@ def direct(tensor: Tensor) -> bool:
         and not torch.compiler.is_compiling()
         and type(tensor) in _PLAIN
         and torch._C._len_torch_dispatch_stack() == 0
-        and tensor.get_device() == torch._C._cuda_getDevice()
     )
 
 

@@ -126,7 +126,8 @@ class _Direct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Tensor:
         *tensors, plan, form, keep, ctx.adds = args
-        y_TH, h_NJ = _gpu().forward(*tensors, plan, form, keep)
+        with on_device_of(tensors[0]):
+            y_TH, h_NJ = _gpu().forward(*tensors, plan, form, keep)
         if keep:
             ctx.save_for_backward(h_NJ, *tensors)
             ctx.plan, ctx.form = plan, form
@@ -139,7 +140,8 @@ class _Direct(torch.autograd.Function):
         tensors = (x_TH, weights_TK, up, down, up_bias, down_bias)
         wanted = ctx.needs_input_grad[:6]
         into = (addable(up), addable(down)) if ctx.adds else (None, None)
-        grads = _gpu().backward(dy_TH, h_NJ, *tensors, ctx.plan, ctx.form, list(wanted), into)
+        with on_device_of(x_TH):
+            grads = _gpu().backward(dy_TH, h_NJ, *tensors, ctx.plan, ctx.form, list(wanted), into)
         added = (None, None, *into, None, None)
         returned = [
             grad if want and there is None else None

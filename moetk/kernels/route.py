@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from moetk.kernels.choose import choose
-from moetk.kernels.direct import direct
+from moetk.kernels.direct import direct, on_device_of
 from moetk.kernels.first_order import refuse_second_order
 from moetk.kernels.recipe import Recipe, check_recipe
 from moetk.kernels.router_logits import (
@@ -42,14 +42,12 @@ def route(
     The gradient of the logits counts too: of a loss that reads them. Raises as these two.
     """
     if direct(x_TH):
-        bias_dtype = None if bias_E is None else bias_E.dtype
-        if _alike(x_TH.dtype, weight_EH.dtype, bias_dtype, gemm_dtype):
-            check_width(x_TH, weight_EH)
-            _checked(recipe, weight_EH.shape[0], top_k)
-            weights_TK, experts_TK, logits_TE = _Direct.apply(
-                x_TH, weight_EH, bias_E, choice_bias_E, (top_k, recipe, gemm_dtype, weight_dtype)
-            )
-            return experts_TK, weights_TK, logits_TE
+        check_width(x_TH, weight_EH)
+        _checked(recipe, weight_EH.shape[0], top_k)
+        weights_TK, experts_TK, logits_TE = _Direct.apply(
+            x_TH, weight_EH, bias_E, choice_bias_E, (top_k, recipe, gemm_dtype, weight_dtype)
+        )
+        return experts_TK, weights_TK, logits_TE
     logits_TE = router_logits(x_TH, weight_EH, bias_E, gemm_dtype)
     if recipe.score == "identity":
         logits_TE = logits_TE.to(recipe.score_dtype or logits_TE.dtype)
@@ -59,20 +57,9 @@ def route(
 _checked = functools.cache(check_recipe)
 
 
-@functools.cache
-def _alike(
-    dtype: torch.dtype,
-    weight: torch.dtype,
-    bias: torch.dtype | None,
-    gemm_dtype: torch.dtype | None,
-) -> bool:
-    """Nothing is cast but, of bf16, the product."""
-    same = weight == dtype and bias in (None, dtype)
-    return same and (gemm_dtype in (None, dtype) or _widens(dtype, gemm_dtype))
-
-
-def _widens(dtype: torch.dtype, gemm_dtype: torch.dtype | None) -> bool:
-    return dtype == torch.bfloat16 and gemm_dtype == torch.float32
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Asked before it is cast: on the host a cast to the same costs as much as a launch."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
 @functools.cache
@@ -96,19 +83,24 @@ class _Direct(torch.autograd.Function):
         settings: tuple[int, Recipe, torch.dtype | None, torch.dtype | None],
     ) -> tuple[Tensor, Tensor, Tensor]:
         top_k, recipe, gemm_dtype, weight_dtype = settings
-        ctx.recipe, ctx.widens = recipe, _widens(x_TH.dtype, gemm_dtype)
-        if ctx.widens:
-            logits_TE = product_in_fp32(x_TH, weight_EH)
-            logits_TE = logits_TE if bias_E is None else logits_TE + bias_E
-        elif bias_E is None:
-            logits_TE = torch.mm(x_TH, weight_EH.t())
-        else:
-            logits_TE = torch.addmm(bias_E, x_TH, weight_EH.t())
-        if recipe.score == "identity" and recipe.score_dtype not in (None, logits_TE.dtype):
-            logits_TE = logits_TE.to(recipe.score_dtype)
-        experts_TK, weights_TK = _gpu().choose_on_gpu(
-            logits_TE, choice_bias_E, top_k, recipe, weight_dtype
-        )
+        dtype = gemm_dtype or x_TH.dtype
+        widens = dtype == torch.float32 and x_TH.dtype == weight_EH.dtype == torch.bfloat16
+        with on_device_of(x_TH):
+            if widens:
+                logits_TE = product_in_fp32(x_TH, weight_EH)
+                logits_TE = logits_TE if bias_E is None else logits_TE + bias_E
+            elif bias_E is None:
+                logits_TE = torch.mm(_cast(x_TH, dtype), _cast(weight_EH, dtype).t())
+            else:
+                operands = (_cast(tensor, dtype) for tensor in (bias_E, x_TH, weight_EH.t()))
+                logits_TE = torch.addmm(*operands)
+            if recipe.score == "identity" and recipe.score_dtype is not None:
+                logits_TE = _cast(logits_TE, recipe.score_dtype)
+            experts_TK, weights_TK = _gpu().choose_on_gpu(
+                logits_TE, choice_bias_E, top_k, recipe, weight_dtype
+            )
+        ctx.recipe, ctx.widens, ctx.dtype = recipe, widens, dtype
+        ctx.bias_dtype = None if bias_E is None else bias_E.dtype
         ctx.save_for_backward(x_TH, weight_EH, logits_TE, experts_TK)
         ctx.mark_non_differentiable(experts_TK)
         ctx.set_materialize_grads(False)
@@ -124,22 +116,27 @@ class _Direct(torch.autograd.Function):
         x_TH, weight_EH, logits_TE, experts_TK = ctx.saved_tensors
         wants_x, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         dx_TH = dweight_EH = dbias_E = None
-        if dweights_TK is not None:
-            chosen_TE = _gpu().choose_backward_on_gpu(
-                dweights_TK, logits_TE, experts_TK, ctx.recipe
-            )
-            dlogits_TE = chosen_TE if dlogits_TE is None else chosen_TE + dlogits_TE
-        if dlogits_TE is None:
-            return (None,) * 5
-        if wants_bias:
-            dbias_E = dlogits_TE.sum(0).to(x_TH.dtype)
-        if ctx.widens:
-            dx_TH, dweight_EH = backward_in_summands(
-                dlogits_TE, x_TH, weight_EH, wants_x, wants_weight
-            )
-        else:
-            dlogits_TE = dlogits_TE.to(x_TH.dtype)
-            dx_TH = torch.mm(dlogits_TE, weight_EH) if wants_x else None
-            dweight_EH = torch.mm(dlogits_TE.t(), x_TH) if wants_weight else None
+        with on_device_of(x_TH):
+            if dweights_TK is not None:
+                chosen_TE = _gpu().choose_backward_on_gpu(
+                    dweights_TK, logits_TE, experts_TK, ctx.recipe
+                )
+                dlogits_TE = chosen_TE if dlogits_TE is None else chosen_TE + dlogits_TE
+            if dlogits_TE is None:
+                return (None,) * 5
+            dlogits_TE = _cast(dlogits_TE, ctx.dtype)
+            if wants_bias:
+                dbias_E = _cast(dlogits_TE.sum(0), ctx.bias_dtype)
+            if ctx.widens:
+                dx_TH, dweight_EH = backward_in_summands(
+                    dlogits_TE, x_TH, weight_EH, wants_x, wants_weight
+                )
+            else:
+                if wants_x:
+                    dx_TH = torch.mm(dlogits_TE, _cast(weight_EH, ctx.dtype))
+                    dx_TH = _cast(dx_TH, x_TH.dtype)
+                if wants_weight:
+                    dweight_EH = torch.mm(dlogits_TE.t(), _cast(x_TH, ctx.dtype))
+                    dweight_EH = _cast(dweight_EH, weight_EH.dtype)
         given = (dx_TH if wants_x else None, dweight_EH if wants_weight else None, dbias_E)
         return (*given, None, None)

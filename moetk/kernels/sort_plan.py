@@ -50,7 +50,7 @@ def sort_plan(experts_TK: Tensor, kept_TK: Tensor | None, num_experts: int) -> S
     None = all) drops. On CUDA one op, `moetk::sort_plan`, up to 4096 experts.
     """
     if experts_TK.is_cuda and num_experts <= _MOST_ON_GPU:
-        sort = _gpu().sort_on_gpu if direct(experts_TK) else _sort_plan
+        sort = _sort_on_gpu if direct(experts_TK) else _sort_plan
         return SortPlan(*sort(experts_TK, kept_TK, num_experts))
     choice_N, source_N, slot_TK, offsets_E = sort_in_torch(experts_TK, kept_TK, num_experts)
     on_cpu = experts_TK.device.type == "cpu" and not torch.compiler.is_compiling()

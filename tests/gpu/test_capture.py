@@ -221,11 +221,15 @@ def test_a_layer_as_torchs_graphed_callables(name):
 
 @needs_kernels
 def test_launches_go_below_triton():
-    """Of the Triton at hand; of another one they would be slower, and as right."""
-    layer, x_TH, dy_TH = made("qwen3")
-    stepped(layer, x_TH, dy_TH)
+    """Of Triton 3.6; of another one its own launches are taken, which are slower."""
+    import triton
+
     from moetk.kernels.gpu import launch
 
+    if not triton.__version__.startswith("3.6."):
+        pytest.skip(f"Triton {triton.__version__} is left alone")
+    layer, x_TH, dy_TH = made("qwen3")
+    stepped(layer, x_TH, dy_TH)
     assert launch._compiled and all(one.call is not None for one in launch._compiled.values())
 
 

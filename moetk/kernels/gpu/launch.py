@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
+import triton
 from torch import Tensor
 from torch.nn import Parameter
 from triton import knobs
@@ -69,23 +70,25 @@ def launch(
         _thread.device = device
     kinds: list[Any] = []
     flat: list[Any] = []
-    addresses = 0
+    addresses, elsewhere = 0, False
     for arg in args:
         kind = type(arg)
         if kind is Tensor or kind is Parameter:
             address = arg.data_ptr()
             addresses |= address
+            elsewhere |= arg.get_device() != device
             kinds.append(arg.dtype)
             flat.append(address)
         elif kind is Tiled:
             addresses |= arg.base.data_ptr()
+            elsewhere |= arg.base.get_device() != device
             kinds.append(arg.base.dtype)
             flat.append(arg)
         else:
             # What Triton compiles anew for: of a float and of None, that it is one.
             kinds.append((arg == 1, arg % 16 == 0, arg >= 2**31) if kind is int else kind)
             flat.append(arg)
-    if addresses % 16:  # rare, and other code: Triton finds it
+    if elsewhere or addresses % 16:  # refused by Triton, or rare and other code: it finds it
         _by_triton(kernel, grid, args, constants, warps, stages)
         return
     key = (id(kernel), device, warps, stages, constants, *kinds)
@@ -147,6 +150,7 @@ class _Compiled:
         self.call(*grid, stream, *self.head, *self.tail, *flat, *constants)
 
 
+_KNOWN = "3.6."  # 3.7 and later hand over annotations, a signature and a tuple
 _MOST_REMEMBERED = 4096
 
 
@@ -170,16 +174,21 @@ class _Expanded:
 
 def _below(launcher: Any) -> tuple[Callable[..., None], list[tuple[int, _Expanded]]] | None:
     """The function that Triton 3.6's CudaLauncher calls in the end, which takes addresses as
-    numbers, and the places of descriptors among its arguments, the last first. None for a launcher
-    that is built otherwise, or that needs memory of its own for a launch."""
+    numbers, and the places of descriptors among its arguments, the last first. None for another
+    Triton, whose function takes other arguments, for a launcher that is built otherwise, or that
+    needs memory of its own for a launch."""
+    if not triton.__version__.startswith(_KNOWN):
+        return None
     try:
+        from triton.backends.nvidia.driver import CudaLauncher, make_tensordesc_arg
+
+        if not isinstance(launcher, CudaLauncher):
+            return None
         if launcher.global_scratch_size or launcher.profile_scratch_size:
             return None
         call = launcher.launch
         if not hasattr(call, "__code__"):  # a C function: nothing is expanded before it
             return call, []
-        from triton.backends.nvidia.driver import make_tensordesc_arg
-
         cells = [cell.cell_contents for cell in call.__closure__]
         around = dict(zip(call.__code__.co_freevars, cells, strict=True))
         places = sorted(around["tensordesc_indices"])

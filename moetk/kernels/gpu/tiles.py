@@ -92,7 +92,14 @@ def tile_table() -> dict[str, list[tuple[float, int, int, Tile]]]:
     own = os.environ.get("MOETK_TILES")
     shipped = files("moetk.kernels.gpu") / "tiles.csv"
     with Path(own).open() if own else shipped.open() as stream:
-        for row in csv.DictReader(stream):
+        rows = csv.DictReader(stream)
+        lacking = [name for name in _COLUMNS if name not in (rows.fieldnames or ())]
+        if lacking:
+            raise BackendError(
+                f"the table of tiles {own} lacks the column {lacking[0]!r} (MOETK_TILES): write it "
+                "anew with  moetk bench layer --tune moetk.bench.tiles:tuner"
+            )
+        for row in rows:
             tile = Tile(*(int(row[name]) for name in _COLUMNS))
             where = float(row["rows"]), int(row["columns"]), int(row["reduction"])
             table.setdefault(row["kernel"], []).append((*where, tile))
@@ -112,7 +119,7 @@ def _nearest(kernel: str, rows: float, columns: int, reduction: int) -> Tile:
     return min(tile_table()[kernel], key=distance)[3]
 
 
-@functools.cache
+@functools.lru_cache(maxsize=4096)
 def tile_for(kernel: str, num_rows: int, num_experts: int, columns: int, reduction: int) -> Tile:
     """The tile measured nearest to this shape. Rows are taken to the next power of two of an even
     split, so that a handful of tiles serves every batch size and nothing compiles in the middle of

@@ -8,7 +8,6 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-import sys
 from collections.abc import Callable, Iterator
 from functools import wraps
 from pathlib import Path
@@ -50,14 +49,6 @@ def poisoned(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tenso
         return tensor
 
     return fill
-
-
-@pytest.fixture(autouse=True)
-def backends_are_picked_anew() -> None:
-    """Tests change what a pick depends on, and elsewhere nothing does."""
-    backends = sys.modules.get("moetk.experts.backends")
-    if backends is not None:
-        backends._lasting_pick.cache_clear()
 
 
 @pytest.fixture(autouse=True, scope="session")

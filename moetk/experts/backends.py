@@ -10,7 +10,6 @@ import csv
 import functools
 import importlib.util
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any, TypeVar
@@ -77,11 +76,6 @@ class Backend:
         """Why `auto` leaves it to who asks for it by name, here and now, where it runs."""
         return None
 
-    @property
-    def lasting(self) -> bool:
-        """Whether the same question has the same answer at any time outside torch.compile."""
-        return True
-
 
 class _Reference(Backend):
     def also_needs(self, *_: object) -> list[str]:
@@ -110,10 +104,6 @@ class _Te(_Fused):
 
     def why_not_unasked(self, device: torch.device) -> str | None:
         return why_not_unasked(device)
-
-    @property
-    def lasting(self) -> bool:
-        return False  # autocast, the stream, a capture
 
 
 # With the copy engine that the kernels read weights with, and 227 KiB of shared memory a block, of
@@ -263,46 +253,6 @@ def pick_backend(
 
     Raises BackendError when the one asked for by name cannot run here: nothing falls back silently.
     """
-    if not torch.compiler.is_compiling() and (name != "auto" or auto_table() is _read_table()):
-        with suppress(TypeError):  # an activation that has no hash, a number that is a symbol
-            known = _lasting_pick(name, dtype, device, num_rows, spec, routing)
-            if known is not None:
-                return known
-    return _pick(name, dtype, device, num_rows, where, spec, routing)
-
-
-@functools.lru_cache(maxsize=4096)
-def _lasting_pick(
-    name: str,
-    dtype: torch.dtype,
-    device: torch.device,
-    num_rows: int,
-    spec: BankSpec | None,
-    routing: type,
-) -> Backend | None:
-    """What `_pick` finds, remembered; None where it is to be asked each time, or raises."""
-    if name == "auto":
-        rows = (row for row in auto_table() if _fits(row, device.type, dtype, num_rows, spec))
-        asked = [_BACKENDS[row.backend] for row in rows]
-    else:
-        asked = [_BACKENDS[name]] if name in _BACKENDS else []
-    if not all(backend.lasting for backend in asked):
-        return None
-    try:
-        return _pick(name, dtype, device, num_rows, "", spec, routing)
-    except BackendError:
-        return None
-
-
-def _pick(
-    name: str,
-    dtype: torch.dtype,
-    device: torch.device,
-    num_rows: int,
-    where: object,
-    spec: BankSpec | None,
-    routing: type,
-) -> Backend:
     if name == "auto":
         for row in auto_table():
             if _fits(row, device.type, dtype, num_rows, spec):
@@ -316,7 +266,7 @@ def _pick(
     backend = _BACKENDS[name]
     reason = backend.why_not(dtype, device, spec, routing)
     if reason is not None:
-        here = _pick("auto", dtype, device, num_rows, where, spec, routing).name
+        here = pick_backend("auto", dtype, device, num_rows, spec=spec, routing=routing).name
         raise BackendError(
             f'backend="{name}" cannot run {where}: {reason}. Use backend="auto" (here: "{here}") '
             "or see Replacement.explain()."

@@ -5,8 +5,8 @@ Letters: E experts, H hidden, I expert width, J = 2I for gated activations, else
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
-from typing import Any, Literal
+from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -47,18 +47,6 @@ class BankSpec:
             raise RouterConfigError(f"BankSpec: special={unknown}; each is one of {SPECIAL}.")
         if self.scale not in ("output", "input"):
             raise RouterConfigError(f"BankSpec: scale={self.scale!r}; 'output' or 'input'.")
-
-    def __hash__(self) -> int:
-        """Worked out once: a spec is looked up several times in every forward."""
-        known: int | None = self.__dict__.get("_hash")
-        if known is None:
-            known = hash(tuple(getattr(self, f.name) for f in fields(self)))
-            self.__dict__["_hash"] = known
-        return known
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Without the hash: of text it differs from process to process."""
-        return {name: value for name, value in self.__dict__.items() if name != "_hash"}
 
     @property
     def gated(self) -> bool:

@@ -58,9 +58,14 @@ GUESTS = (
         "pyarrow", "pyarrow", "a sweep's cells and curves as parquet", 'pip install "moetk[sweep]"'
     ),
     Guest("einops", "einops", LATER + "tensor layouts by name", "pip install einops"),
-    Guest("triton", "triton", "moetk's own kernels on CUDA", "comes with torch's CUDA builds"),
+    Guest(
+        "triton",
+        "triton",
+        "moetk's own kernels on CUDA; 3.6 starts them with least work on the host",
+        "comes with torch's CUDA builds",
+    ),
     Guest("jax", "jax", LATER + "JAX functions and checkpoints", "pip install jax"),
-    Guest("liger-kernel", "liger_kernel", "RMSNorm on CUDA", "pip install liger-kernel"),
+    Guest("liger-kernel", "liger_kernel", "a peer to measure against", "pip install liger-kernel"),
     Guest(
         "transformer-engine",
         "transformer_engine",

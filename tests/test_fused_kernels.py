@@ -402,12 +402,15 @@ CASES: dict[str, Callable[[], None]] = {
     "layer: one gradient alone": one_gradient_alone,
     "layer: added gradients": partial(added_gradients, False),
     "layer: added gradients, transposed": partial(added_gradients, True),
+    **{f"products: {name}": partial(products, counts, 20, 24) for name, counts in COUNTS.items()},
     **{
-        f"products: {name}, {a} by {b}": partial(products, counts, a, b)
-        for name, counts in COUNTS.items()
-        for a, b in ((20, 24), (32, 48))
+        f"products: {name}, whole tiles wide": partial(products, COUNTS[name], 32, 48)
+        for name in ("all at one", "empty between", "nobody")
     },
-    **{f"up: {name}": partial(last_rows_of_up, counts) for name, counts in COUNTS.items()},
+    **{
+        f"up: {name}": partial(last_rows_of_up, COUNTS[name])
+        for name in ("all at one", "empty between", "all but one of a tile")
+    },
     "tiles": the_table_of_tiles,
     "tiles: kernels": the_kernels_of_the_table,
 }

@@ -48,7 +48,7 @@ def value(rows: Rows, what: str, who: str) -> float | None:
 
 
 def layer_lines(rows: Rows) -> Iterator[str]:
-    columns = "v5 | moetk | of v5 | v5, graphed | moetk, graphed | saved MiB | peak MiB"
+    columns = "Transformers | moetk | ratio | graphed: Transformers | moetk | saved MiB | peak MiB"
     yield f"| layer, forward + backward | {columns} |"
     yield "|---|---|---|---|---|---|---|---|"
     for words, layer, tokens, who, command in LAYERS:
@@ -72,7 +72,7 @@ def layer_lines(rows: Rows) -> Iterator[str]:
 
 
 def step_lines(rows: Rows) -> Iterator[str]:
-    yield "| step: forward, loss, backward, AdamW | v5 | moetk | of v5 | peak GiB |"
+    yield "| step: forward, loss, backward, AdamW | Transformers | moetk | ratio | peak GiB |"
     yield "|---|---|---|---|---|"
     for words, shape in STEPS:
         mine = [row for row in rows if row["shape"].startswith(f"{shape} ")]
@@ -94,8 +94,9 @@ def tables() -> str:
             *step_lines(steps),
             "",
             f"One {row['gpu']}, bf16; {row['versions'].partition(', liger')[0]}, at commit "
-            f"{row['commit']}; medians, the contenders in turn. moetk adds to gradients in place; "
-            "its step has `speed_up` and `moetk.train.AdamW`.",
+            f"{row['commit']}; medians, the contenders in turn. Saved: what the graph keeps; peak: "
+            "over parameters and gradients for a layer, in all for a step. moetk's layers add to "
+            "gradients in place; its step has `speed_up` and `moetk.train.AdamW`.",
         ]
     )
 

@@ -86,9 +86,8 @@ class CudaMeter:
     """A GPU: time between two events, bytes of torch's own allocator.
 
     Each call starts on an idle GPU, so that what the host cannot hide counts: a small layer is
-    as slow as its launches. The host asks whether the GPU is done instead of sleeping: one that
-    slept comes back with cold caches, and whoever is next would pay for that (on a virtual machine
-    0.3 ms of a layer's forward).
+    as slow as its launches. The host asks whether the GPU is done instead of sleeping, so that the
+    next call does not begin with the host's waking up.
     """
 
     has_memory = True

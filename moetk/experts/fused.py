@@ -99,6 +99,5 @@ def _act_name(activation: Activation) -> str | None:
     act = activation.act
     if isinstance(act, functools.partial) and act.func is F.gelu:
         return "gelu_tanh" if act.keywords == {"approximate": "tanh"} else None
-    return next(
-        (name for known, name in _NAMES.items() if known is act), None
-    )  # it may lack a hash
+    # Compared, not looked up: it may have no hash.
+    return next((name for known, name in _NAMES.items() if known is act), None)

@@ -116,7 +116,7 @@ def test_loss_curves(bench: Any, tmp_path: Path) -> None:
     assert bench("step", *words, "--loss-curves", 2, 20)[0] == 2
 
 
-@pytest.mark.parametrize("name", ["layer", "step"])
+@pytest.mark.parametrize("name", ["layer", "step", "generate"])
 def test_scripts_are_the_command(name: str) -> None:
     root = Path(cli.__file__).parent.parent
     done = subprocess.run(

@@ -149,6 +149,36 @@ def one_node_that_casts() -> None:
             torch.testing.assert_close(mine, true, rtol=2e-3, atol=2e-3)
 
 
+def one_kernel(recipe: Recipe) -> None:
+    """Product, choice and plan in two kernels; more than one block of tokens, odd sizes."""
+    from moetk.kernels.gpu.plan import place_on_gpu
+    from moetk.kernels.gpu.route import route_on_gpu
+
+    half, whole = torch.float16, torch.float32
+    for num_tokens, hidden, num_experts, top_k in ((0, 8, 6, 2), (37, 72, 12, 4), (5, 64, 6, 3)):
+        if not fits(recipe, num_experts, top_k):
+            continue
+        x_TH = normal(1, num_tokens, hidden).to(half)
+        weight_EH = (normal(2, num_experts, hidden) * hidden**-0.5).to(half)
+        for bias_E, choice_bias_E, dtype in (
+            (None, normal(4, num_experts), half),
+            (normal(3, num_experts).to(half), None, whole),
+        ):
+            weights_TK, experts_TK, logits_TE, ranks = route_on_gpu(
+                x_TH, weight_EH, bias_E, choice_bias_E, top_k, recipe, dtype, None
+            )
+            true_TE = x_TH.double() @ weight_EH.double().t()
+            true_TE = true_TE if bias_E is None else true_TE + bias_E.double()
+            bound = 1e-6 if logits_TE.dtype == whole and dtype == whole else 2e-3
+            torch.testing.assert_close(logits_TE.double(), true_TE, rtol=bound, atol=bound)
+            want_TK, want_weights_TK = choose_in_torch(logits_TE, choice_bias_E, top_k, recipe)
+            assert torch.equal(experts_TK, want_TK)
+            torch.testing.assert_close(weights_TK, want_weights_TK, rtol=2e-3, atol=1e-6)
+            plan = place_on_gpu(experts_TK, ranks)
+            for mine, true in zip(plan, sort_in_torch(experts_TK, None, num_experts), strict=True):
+                assert mine.dtype == true.dtype and torch.equal(mine, true)
+
+
 def exact_choice() -> None:
     """Neighbouring fp32 numbers are told apart, and only equal ones tie."""
     from moetk.kernels.gpu.choose import choose_on_gpu
@@ -270,6 +300,7 @@ def summands() -> None:
 CASES: dict[str, Callable[[], None]] = {
     **{f"choose: {name}": (lambda r=r: choosing(r)) for name, r in RECIPES.items()},
     **{f"route: {name}": (lambda r=r: one_node(r)) for name, r in RECIPES.items()},
+    **{f"one kernel: {name}": (lambda r=r: one_kernel(r)) for name, r in RECIPES.items()},
     "route: casts": one_node_that_casts,
     "choose: exact": exact_choice,
     "choose: rounded weights": rounded_weights,

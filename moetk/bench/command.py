@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from moetk.bench.rows import World
 
 app = typer.Typer(
-    help="Measure layers and training steps beside transformers and peers.",
+    help="Measure layers, training steps and generation beside transformers and peers.",
     no_args_is_help=True,
 )
 Contenders = Annotated[
@@ -166,6 +166,59 @@ def step(
             console.print(kernel_table(kernels, contender.name))
     append_rows(path, rows, world)
     _told(console, path)
+
+
+@app.command()
+def generate(
+    layers: Annotated[int, typer.Option(min=1, help="Decoder layers of the model.")] = 8,
+    batch: Annotated[int, typer.Option(min=1, help="Sequences.")] = 1,
+    prompt: Annotated[int, typer.Option(min=1, help="Tokens of each before the new ones.")] = 128,
+    new_tokens: Annotated[int, typer.Option(min=1, help="Tokens that each is continued by.")] = 64,
+    model: Annotated[
+        str, typer.Option(help='Settings other than Qwen3-30B-A3B\'s: "num_experts=64,...".')
+    ] = "",
+    contenders: Contenders = None,
+    backend: Annotated[str, typer.Option(help="Of moetk's experts.")] = "auto",
+    cache: Annotated[
+        str | None, typer.Option(help="cache_implementation of transformers. [its default]")
+    ] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Each contender runs once a round.")] = 10,
+    dtype: Dtype = "bfloat16",
+    seed: Seed = 0,
+    device: Device = None,
+    out: Out = OUT,
+) -> None:
+    """transformers' generate(), greedy, with a cache; contenders in turn."""
+    from moetk.bench.generate import measure_generate
+    from moetk.bench.meter import meter_for
+    from moetk.bench.report import generate_rows, generate_table
+    from moetk.bench.rows import World, append_rows
+    from moetk.bench.shapes import ModelShape, config_changes, dtype_named
+    from moetk.bench.step import ATTENTION, step_contenders_named
+
+    console, meter, kind = _console(), meter_for(device), dtype_named(dtype)
+    world = World.here(meter, _command(), seed)
+    shape = ModelShape(layers, batch, prompt, config_changes(model))
+    words = (
+        f"{shape.words()} new={new_tokens} dtype={dtype} attention={ATTENTION} backend={backend} "
+        f"cache={cache or 'default'}"
+    )
+    results = measure_generate(
+        shape,
+        step_contenders_named(contenders or "v5,moetk,moetk-step", backend),
+        meter,
+        new_tokens=new_tokens,
+        rounds=rounds,
+        cache=cache,
+        dtype=kind,
+        seed=seed,
+    )
+    console.print(generate_table(results, words, new_tokens))
+    for result in results:
+        if result.about:
+            console.print(result.about, markup=False, highlight=False)
+    append_rows(out / "generate.csv", generate_rows(results, words, new_tokens), world)
+    _told(console, out / "generate.csv")
 
 
 def _tune(

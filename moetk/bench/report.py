@@ -9,6 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from moetk.bench.curves import CurveReport
+from moetk.bench.generate import GenerateResult
 from moetk.bench.layer import LayerReport, LayerResult
 from moetk.bench.meter import Spread, spread
 from moetk.bench.profile import Kernel, Profile
@@ -20,6 +21,7 @@ MIB, GIB = 2**20, 2**30
 FORWARD, BOTH = "layer forward", "layer forward+backward"
 SAVED, PEAK = "layer saved", "layer peak"
 STEP, STEP_PEAK = "step", "step peak"
+GENERATE = "generate"
 
 
 def layer_rows(report: LayerReport) -> list[Row]:
@@ -156,6 +158,42 @@ def step_table(shape: ModelShape, results: Sequence[StepResult], words: str) -> 
             f"{result.losses[-1]:.4f}",
             "" if result.first is None else f"{result.first:.2f}",
         )
+    return _with_notes(table, [(result.name, result.error) for result in results])
+
+
+def generate_rows(results: Sequence[GenerateResult], words: str, new_tokens: int) -> list[Row]:
+    """Milliseconds a token (of every sequence of the batch at once), ratio and equal tokens."""
+    base = results[0]
+    rows = []
+    for result in results:
+        if result.error is not None:
+            note = f"error: {result.error}"
+            rows.append(Row(GENERATE, result.name, words, None, "ms a token", note=note))
+            continue
+        time = spread([one / new_tokens for one in result.times])
+        rows.append(Row.of(GENERATE, result.name, words, time, "ms a token"))
+        if base.error is None:
+            ratio, unit = ratios(result.times, base.times), f"of {base.name}"
+            rows.append(Row.of("generate ratio", result.name, words, ratio, unit))
+        if result.same is not None:
+            unit = f"of {base.name}'s tokens"
+            rows.append(Row("generate equal tokens", result.name, words, result.same, unit))
+    return rows
+
+
+def generate_table(results: Sequence[GenerateResult], words: str, new_tokens: int) -> Table:
+    base = results[0]
+    table = _table(words)
+    for column in ("generate", "a token", f"of {base.name}", "equal tokens"):
+        table.add_column(column, justify="left" if column == "generate" else "right")
+    for result in results:
+        if result.error is None:
+            table.add_row(
+                result.name,
+                _ranged(spread([one / new_tokens for one in result.times]), "ms"),
+                _ranged(ratios(result.times, base.times)) if base.error is None else "",
+                "" if result.same is None else f"{result.same:.1%}",
+            )
     return _with_notes(table, [(result.name, result.error) for result in results])
 
 

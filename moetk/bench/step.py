@@ -225,6 +225,17 @@ class Training:
         return loss.detach()
 
 
+def stock_causal_model(shape: ModelShape, meter: Meter, dtype: torch.dtype, seed: int) -> Any:
+    """transformers' model of this shape, its weights drawn from the seed on the meter's device."""
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(seed)
+    with meter.device:
+        return AutoModelForCausalLM.from_config(
+            shape.config(), dtype=dtype, attn_implementation=ATTENTION
+        )
+
+
 @contextmanager
 def training(
     shape: ModelShape,
@@ -237,13 +248,7 @@ def training(
 ) -> Iterator[Training]:
     """A contender's model with random weights and its AdamW, ready to step. The memory is free
     again afterwards."""
-    from transformers import AutoModelForCausalLM
-
-    torch.manual_seed(seed)
-    with meter.device:
-        model: Any = AutoModelForCausalLM.from_config(
-            shape.config(), dtype=dtype, attn_implementation=ATTENTION
-        )
+    model = stock_causal_model(shape, meter, dtype, seed)
     prepared = contender.prepare(model)
     model.train()
     optimizer = contender.optimizer(model.parameters(), rate)
@@ -299,13 +304,14 @@ def profile_step(
 ) -> Profile:
     """The largest kernels of one warm step."""
     with training(shape, contender, meter, dtype=dtype, seed=seed) as run:
-        token_ids = _tokens(shape, run.model.config.vocab_size, seed).to(meter.device)
+        tokens_BS = token_ids(shape, run.model.config.vocab_size, seed).to(meter.device)
         for _ in range(WARM_UP):
-            run.step(token_ids)
-        return largest_kernels(lambda: run.step(token_ids), meter)
+            run.step(tokens_BS)
+        return largest_kernels(lambda: run.step(tokens_BS), meter)
 
 
-def _tokens(shape: ModelShape, vocab_size: int, seed: int) -> Tensor:
+def token_ids(shape: ModelShape, vocab_size: int, seed: int) -> Tensor:
+    """(B, S), uniform."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(vocab_size, (shape.batch, shape.length), generator=generator)
 
@@ -320,13 +326,13 @@ def _measure(
     seed: int,
 ) -> None:
     with training(shape, contender, meter, dtype=dtype, seed=seed) as run:
-        token_ids = _tokens(shape, run.model.config.vocab_size, seed).to(meter.device)
-        result.first = meter.wall(lambda: run.step(token_ids))[0] / 1e3
+        tokens_BS = token_ids(shape, run.model.config.vocab_size, seed).to(meter.device)
+        result.first = meter.wall(lambda: run.step(tokens_BS))[0] / 1e3
         for _ in range(WARM_UP - 1):
-            run.step(token_ids)
+            run.step(tokens_BS)
         run.phases.peaks.clear()
         for _ in range(steps):
-            milliseconds, loss = meter.wall(lambda: run.step(token_ids))
+            milliseconds, loss = meter.wall(lambda: run.step(tokens_BS))
             result.seconds.append(milliseconds / 1e3)
             result.losses.append(float(loss))
         if meter.has_memory:

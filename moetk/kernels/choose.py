@@ -16,7 +16,7 @@ from torch import Tensor
 
 from moetk.kernels.direct import on_device_of
 from moetk.kernels.first_order import refuse_second_order
-from moetk.kernels.recipe import Recipe, Score, check_recipe
+from moetk.kernels.recipe import FIELDS, Recipe, Score, check_recipe
 from moetk.kernels.selection import gather, in_best_groups, largest, normalise, softmax_over
 
 MAX_EXPERTS = 1024  # a row of the kernels stays in registers
@@ -45,20 +45,40 @@ def choose(
     return experts_TK, weights_TK
 
 
+def choose_backward(
+    dweights_TK: Tensor, logits_TE: Tensor, experts_TK: Tensor, recipe: Recipe
+) -> Tensor:
+    """`choose_backward_in_torch` as an operator."""
+    dlogits_TE: Tensor = _choose_backward(dweights_TK, logits_TE, experts_TK, *recipe)
+    return dlogits_TE
+
+
 def choose_in_torch(
     logits_TE: Tensor, bias_E: Tensor | None, top_k: int, recipe: Recipe
 ) -> tuple[Tensor, Tensor]:
     """What `choose` computes: experts_TK, and weights_TK in the score dtype."""
-    scores_TE = _scores(logits_TE.to(recipe.score_dtype or logits_TE.dtype), recipe.score)
-    choice_TE = scores_TE if bias_E is None else scores_TE + bias_E
-    if recipe.limited:
-        choice_TE = in_best_groups(choice_TE, recipe.groups, recipe.top_groups)
+    scores_TE, choice_TE = _scores_and_choice(logits_TE, bias_E, recipe)
     experts_TK = largest(choice_TE, top_k)
     weigh = softmax_over if recipe.over_chosen else gather
     weights_TK = weigh(scores_TE, experts_TK)
     if recipe.renormalise:
         weights_TK = normalise(weights_TK, recipe.eps)
     return experts_TK, weights_TK * recipe.scale
+
+
+def choice_in_torch(logits_TE: Tensor, bias_E: Tensor | None, recipe: Recipe) -> Tensor:
+    """(T, E): what the best are chosen by."""
+    return _scores_and_choice(logits_TE, bias_E, recipe)[1]
+
+
+def _scores_and_choice(
+    logits_TE: Tensor, bias_E: Tensor | None, recipe: Recipe
+) -> tuple[Tensor, Tensor]:
+    scores_TE = _scores(logits_TE.to(recipe.score_dtype or logits_TE.dtype), recipe.score)
+    choice_TE = scores_TE if bias_E is None else scores_TE + bias_E
+    if recipe.limited:
+        choice_TE = in_best_groups(choice_TE, recipe.groups, recipe.top_groups)
+    return scores_TE, choice_TE
 
 
 def choose_backward_in_torch(
@@ -107,19 +127,12 @@ def _scores(logits_TE: Tensor, score: Score) -> Tensor:
     return logits_TE
 
 
-# An op's arguments are tensors, numbers and names: it takes the recipe's fields one by one. It
-# returns the weights before the experts, for torch's opcheck adds outputs up from the first on.
-_RECIPE = (
-    "str score, bool over_chosen, int groups, int top_groups, bool renormalise, float eps, "
-    "float scale, ScalarType? score_dtype"
-)
-
-
+# It returns the weights before the experts, for torch's opcheck adds outputs up from the first on.
 @torch.library.custom_op(
     "moetk::choose",
     mutates_args=(),
     schema="(Tensor logits_TE, Tensor? bias_E, int top_k, ScalarType? weight_dtype, "
-    f"{_RECIPE}) -> (Tensor, Tensor)",
+    f"{FIELDS}) -> (Tensor, Tensor)",
 )
 def _choose(
     logits_TE: Tensor,
@@ -135,7 +148,7 @@ def _choose(
 @torch.library.custom_op(
     "moetk::choose_backward",
     mutates_args=(),
-    schema=f"(Tensor dweights_TK, Tensor logits_TE, Tensor experts_TK, {_RECIPE}) -> Tensor",
+    schema=f"(Tensor dweights_TK, Tensor logits_TE, Tensor experts_TK, {FIELDS}) -> Tensor",
 )
 def _choose_backward(
     dweights_TK: Tensor, logits_TE: Tensor, experts_TK: Tensor, *recipe: Any

@@ -74,7 +74,12 @@ def experts_mlp(
     if add_to_grad and keep:
         check_adds(x_TH, up, down)
     if direct(x_TH):
-        y_TH: Tensor = _Direct.apply(*tensors, plan, form, keep, add_to_grad)
+        y_TH: Tensor
+        if keep:
+            y_TH = _Direct.apply(*tensors, plan, form, add_to_grad)
+        else:
+            with on_device_of(x_TH):
+                y_TH, _ = _gpu().forward(*tensors, plan, form, False)
         return y_TH
     fields = (plan.choice_N, plan.source_N, plan.slot_TK, plan.offsets_E)
     return moe_mlp(*tensors, *fields, *astuple(form), keep)[0]  # type: ignore[no-any-return]
@@ -125,12 +130,10 @@ class _Direct(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Tensor:
-        *tensors, plan, form, keep, ctx.adds = args
+        *tensors, ctx.plan, ctx.form, ctx.adds = args
         with on_device_of(tensors[0]):
-            y_TH, h_NJ = _gpu().forward(*tensors, plan, form, keep)
-        if keep:
-            ctx.save_for_backward(h_NJ, *tensors)
-            ctx.plan, ctx.form = plan, form
+            y_TH, h_NJ = _gpu().forward(*tensors, ctx.plan, ctx.form, True)
+        ctx.save_for_backward(h_NJ, *tensors)
         return y_TH  # type: ignore[no-any-return]
 
     @staticmethod
@@ -147,7 +150,7 @@ class _Direct(torch.autograd.Function):
             grad if want and there is None else None
             for grad, want, there in zip(grads, wanted, added, strict=True)
         ]
-        return (*returned, None, None, None, None)
+        return (*returned, None, None, None)
 
 
 # An operator's arguments are tensors, numbers and names: it takes plan and form field by field.

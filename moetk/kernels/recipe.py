@@ -43,6 +43,13 @@ class Recipe(NamedTuple):
         return self.top_groups < self.groups
 
 
+# The arguments of an operator that takes a recipe: these are numbers and names.
+FIELDS = (
+    "str score, bool over_chosen, int groups, int top_groups, bool renormalise, float eps, "
+    "float scale, ScalarType? score_dtype"
+)
+
+
 def check_recipe(recipe: Recipe, num_experts: int, top_k: int) -> None:
     """Raise RouterConfigError unless `recipe` can choose top_k of num_experts experts."""
     if recipe.score not in get_args(Score):

@@ -1,7 +1,9 @@
-"""From tokens to experts and weights: the router's product, then `choose`.
+"""From tokens to experts and weights: the router's product and what its recipe makes of the logits.
 
-In plain eager CUDA both are one node of the graph, since each costs the host what a kernel costs
-the device; elsewhere they are the ops `moetk::router_logits` and `moetk::choose`.
+On CUDA, for operands of 16 bits, both are one kernel (`moetk.kernels.gpu.route`), which also counts
+and ranks the choices for the sort plan; else a product and `choose`. In plain eager CUDA all of it
+is one node of the graph, since a node costs the host what a kernel costs the device; elsewhere the
+kernel is the op `moetk::route`, and the rest `moetk::router_logits` and `moetk::choose`.
 
 Letters: T tokens, H hidden, E experts, K choices a token.
 """
@@ -14,16 +16,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moetk.kernels.choose import choose
+from moetk.kernels.choose import choose, choose_backward, choose_in_torch
 from moetk.kernels.direct import direct, on_device_of
 from moetk.kernels.first_order import refuse_second_order
-from moetk.kernels.recipe import Recipe, check_recipe
+from moetk.kernels.recipe import FIELDS, Recipe, check_recipe
 from moetk.kernels.router_logits import (
     backward_in_summands,
     check_width,
     product_in_fp32,
     router_logits,
+    router_logits_backward,
 )
+from moetk.kernels.sort_plan import remember_ranks
+
+MOST_EXPERTS = 128  # the columns of a tile, which the kernel keeps in registers
 
 
 def route(
@@ -41,20 +47,39 @@ def route(
 
     The gradient of the logits counts too: of a loss that reads them. Raises as these two.
     """
+    check_width(x_TH, weight_EH)
+    _checked(recipe, weight_EH.shape[0], top_k)
+    tensors = (x_TH, weight_EH, bias_E, choice_bias_E)
+    settings = (top_k, gemm_dtype or x_TH.dtype, weight_dtype)
     if direct(x_TH):
-        check_width(x_TH, weight_EH)
-        _checked(recipe, weight_EH.shape[0], top_k)
-        weights_TK, experts_TK, logits_TE = _Direct.apply(
-            x_TH, weight_EH, bias_E, choice_bias_E, (top_k, recipe, gemm_dtype, weight_dtype)
-        )
-        return experts_TK, weights_TK, logits_TE
-    logits_TE = router_logits(x_TH, weight_EH, bias_E, gemm_dtype)
-    if recipe.score == "identity":
-        logits_TE = logits_TE.to(recipe.score_dtype or logits_TE.dtype)
-    return *choose(logits_TE, choice_bias_E, top_k, recipe, weight_dtype), logits_TE
+        # A node costs the host 10 us, which counts where text is generated.
+        if torch.is_grad_enabled():
+            weights_TK, experts_TK, logits_TE = _Direct.apply(*tensors, settings, recipe)
+        else:
+            weights_TK, experts_TK, logits_TE = _forward(*tensors, *settings, recipe)
+    elif x_TH.is_cuda and in_one_kernel(x_TH, weight_EH, settings[1]):
+        weights_TK, experts_TK, logits_TE = _route(*tensors, *settings, *recipe)
+    else:
+        logits_TE = router_logits(x_TH, weight_EH, bias_E, gemm_dtype)
+        if recipe.score == "identity":
+            logits_TE = logits_TE.to(recipe.score_dtype or logits_TE.dtype)
+        experts_TK, weights_TK = choose(logits_TE, choice_bias_E, top_k, recipe, weight_dtype)
+    return experts_TK, weights_TK, logits_TE
 
 
 _checked = functools.cache(check_recipe)
+
+
+def in_one_kernel(x_TH: Tensor, weight_EH: Tensor, dtype: torch.dtype) -> bool:
+    """Whether the kernel computes logits of this dtype: products of 16-bit operands, which are
+    exact in fp32, in which they are added up."""
+    narrow = x_TH.dtype
+    return (
+        (narrow is torch.bfloat16 or narrow is torch.float16)
+        and weight_EH.dtype is narrow
+        and (dtype is narrow or dtype is torch.float32)
+        and weight_EH.shape[0] <= MOST_EXPERTS
+    )
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -65,13 +90,96 @@ def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 @functools.cache
 def _gpu() -> Any:
     """The kernels' module; it imports Triton."""
-    from moetk.kernels.gpu import choose
+    from moetk.kernels.gpu import route
 
-    return choose
+    return route
+
+
+def _forward(
+    x_TH: Tensor,
+    weight_EH: Tensor,
+    bias_E: Tensor | None,
+    choice_bias_E: Tensor | None,
+    top_k: int,
+    dtype: torch.dtype,
+    weight_dtype: torch.dtype | None,
+    recipe: Recipe,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The kernels, called as they are. The ranks of what is chosen are remembered for its plan."""
+    with on_device_of(x_TH):
+        if in_one_kernel(x_TH, weight_EH, dtype):
+            weights_TK, experts_TK, logits_TE, ranks = _gpu().route_on_gpu(
+                x_TH, weight_EH, bias_E, choice_bias_E, top_k, recipe, dtype, weight_dtype
+            )
+            remember_ranks(experts_TK, ranks)
+            return weights_TK, experts_TK, logits_TE
+        if _widens(x_TH, weight_EH, dtype):
+            logits_TE = product_in_fp32(x_TH, weight_EH)
+            logits_TE = logits_TE if bias_E is None else logits_TE + bias_E
+        elif bias_E is None:
+            logits_TE = torch.mm(_cast(x_TH, dtype), _cast(weight_EH, dtype).t())
+        else:
+            operands = (_cast(tensor, dtype) for tensor in (bias_E, x_TH, weight_EH.t()))
+            logits_TE = torch.addmm(*operands)
+        if recipe.score == "identity" and recipe.score_dtype is not None:
+            logits_TE = _cast(logits_TE, recipe.score_dtype)
+        experts_TK, weights_TK = _gpu().choose_on_gpu(
+            logits_TE, choice_bias_E, top_k, recipe, weight_dtype
+        )
+        return weights_TK, experts_TK, logits_TE
+
+
+def _widens(x_TH: Tensor, weight_EH: Tensor, dtype: torch.dtype) -> bool:
+    """fp32 logits of bf16 operands, whose gradients are products of two bf16 summands."""
+    return dtype == torch.float32 and x_TH.dtype == weight_EH.dtype == torch.bfloat16
+
+
+def _backward(
+    ctx: Any,
+    dweights_TK: Tensor | None,
+    dlogits_TE: Tensor | None,
+    through_choice: Any,
+    in_summands: Any,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The gradients of x, weight and bias. through_choice, in_summands: `choose_backward` and
+    `router_logits_backward`, as operators or as what these call."""
+    refuse_second_order(
+        "the fused router", 'backend="reference", whose routers torch differentiates twice'
+    )
+    x_TH, weight_EH, logits_TE, experts_TK = ctx.saved_tensors
+    wants_x, wants_weight, wants_bias = ctx.needs_input_grad[:3]
+    dx_TH = dweight_EH = dbias_E = None
+    if dweights_TK is not None:
+        chosen_TE = through_choice(dweights_TK, logits_TE, experts_TK, ctx.recipe)
+        dlogits_TE = chosen_TE if dlogits_TE is None else chosen_TE + dlogits_TE
+    if dlogits_TE is None:
+        return None, None, None
+    dtype = ctx.dtype
+    dlogits_TE = _cast(dlogits_TE, dtype)
+    if wants_bias:
+        dbias_E = _cast(dlogits_TE.sum(0), ctx.bias_dtype)
+    if _widens(x_TH, weight_EH, dtype):
+        dx_TH, dweight_EH = in_summands(dlogits_TE, x_TH, weight_EH, wants_x, wants_weight)
+    else:
+        if wants_x:
+            dx_TH = _cast(torch.mm(dlogits_TE, _cast(weight_EH, dtype)), x_TH.dtype)
+        if wants_weight:
+            dweight_EH = torch.mm(dlogits_TE.t(), _cast(x_TH, dtype))
+            dweight_EH = _cast(dweight_EH, weight_EH.dtype)
+    return dx_TH if wants_x else None, dweight_EH if wants_weight else None, dbias_E
+
+
+def _keep(ctx: Any, tensors: Any, dtype: torch.dtype, recipe: Recipe, output: Any) -> None:
+    """What backward reads."""
+    (x_TH, weight_EH, bias_E, _), (_, experts_TK, logits_TE) = tensors, output
+    ctx.recipe, ctx.dtype = recipe, dtype
+    ctx.bias_dtype = None if bias_E is None else bias_E.dtype
+    ctx.save_for_backward(x_TH, weight_EH, logits_TE, experts_TK)
+    ctx.set_materialize_grads(False)
 
 
 class _Direct(torch.autograd.Function):
-    """The kernels of both ops, called as they are; see `direct`."""
+    """One node; see `direct`."""
 
     @staticmethod
     def forward(
@@ -80,63 +188,90 @@ class _Direct(torch.autograd.Function):
         weight_EH: Tensor,
         bias_E: Tensor | None,
         choice_bias_E: Tensor | None,
-        settings: tuple[int, Recipe, torch.dtype | None, torch.dtype | None],
+        settings: tuple[int, torch.dtype, torch.dtype | None],
+        recipe: Recipe,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        top_k, recipe, gemm_dtype, weight_dtype = settings
-        dtype = gemm_dtype or x_TH.dtype
-        widens = dtype == torch.float32 and x_TH.dtype == weight_EH.dtype == torch.bfloat16
-        with on_device_of(x_TH):
-            if widens:
-                logits_TE = product_in_fp32(x_TH, weight_EH)
-                logits_TE = logits_TE if bias_E is None else logits_TE + bias_E
-            elif bias_E is None:
-                logits_TE = torch.mm(_cast(x_TH, dtype), _cast(weight_EH, dtype).t())
-            else:
-                operands = (_cast(tensor, dtype) for tensor in (bias_E, x_TH, weight_EH.t()))
-                logits_TE = torch.addmm(*operands)
-            if recipe.score == "identity" and recipe.score_dtype is not None:
-                logits_TE = _cast(logits_TE, recipe.score_dtype)
-            experts_TK, weights_TK = _gpu().choose_on_gpu(
-                logits_TE, choice_bias_E, top_k, recipe, weight_dtype
-            )
-        ctx.recipe, ctx.widens, ctx.dtype = recipe, widens, dtype
-        ctx.bias_dtype = None if bias_E is None else bias_E.dtype
-        ctx.save_for_backward(x_TH, weight_EH, logits_TE, experts_TK)
-        ctx.mark_non_differentiable(experts_TK)
-        ctx.set_materialize_grads(False)
-        return weights_TK, experts_TK, logits_TE
+        tensors = (x_TH, weight_EH, bias_E, choice_bias_E)
+        output = _forward(*tensors, *settings, recipe)
+        _keep(ctx, tensors, settings[1], recipe, output)
+        ctx.mark_non_differentiable(output[1])
+        return output
 
     @staticmethod
     def backward(
         ctx: Any, dweights_TK: Tensor | None, _: None, dlogits_TE: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        refuse_second_order(
-            "the fused router", 'backend="reference", whose routers torch differentiates twice'
-        )
-        x_TH, weight_EH, logits_TE, experts_TK = ctx.saved_tensors
-        wants_x, wants_weight, wants_bias = ctx.needs_input_grad[:3]
-        dx_TH = dweight_EH = dbias_E = None
-        with on_device_of(x_TH):
-            if dweights_TK is not None:
-                chosen_TE = _gpu().choose_backward_on_gpu(
-                    dweights_TK, logits_TE, experts_TK, ctx.recipe
-                )
-                dlogits_TE = chosen_TE if dlogits_TE is None else chosen_TE + dlogits_TE
-            if dlogits_TE is None:
-                return (None,) * 5
-            dlogits_TE = _cast(dlogits_TE, ctx.dtype)
-            if wants_bias:
-                dbias_E = _cast(dlogits_TE.sum(0), ctx.bias_dtype)
-            if ctx.widens:
-                dx_TH, dweight_EH = backward_in_summands(
-                    dlogits_TE, x_TH, weight_EH, wants_x, wants_weight
-                )
-            else:
-                if wants_x:
-                    dx_TH = torch.mm(dlogits_TE, _cast(weight_EH, ctx.dtype))
-                    dx_TH = _cast(dx_TH, x_TH.dtype)
-                if wants_weight:
-                    dweight_EH = torch.mm(dlogits_TE.t(), _cast(x_TH, ctx.dtype))
-                    dweight_EH = _cast(dweight_EH, weight_EH.dtype)
-        given = (dx_TH if wants_x else None, dweight_EH if wants_weight else None, dbias_E)
-        return (*given, None, None)
+        with on_device_of(ctx.saved_tensors[0]):
+            through_choice = _gpu().choose_backward_on_gpu
+            grads = _backward(ctx, dweights_TK, dlogits_TE, through_choice, backward_in_summands)
+        return (*grads, None, None, None)
+
+
+# An op's arguments are tensors, numbers and names: it takes the recipe's fields one by one.
+@torch.library.custom_op(
+    "moetk::route",
+    mutates_args=(),
+    schema="(Tensor x_TH, Tensor weight_EH, Tensor? bias_E, Tensor? choice_bias_E, int top_k, "
+    f"ScalarType dtype, ScalarType? weight_dtype, {FIELDS}) -> (Tensor, Tensor, Tensor)",
+)
+def _route(
+    x_TH: Tensor,
+    weight_EH: Tensor,
+    bias_E: Tensor | None,
+    choice_bias_E: Tensor | None,
+    top_k: int,
+    dtype: torch.dtype,
+    weight_dtype: torch.dtype | None,
+    *fields: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """weights_TK, experts_TK and logits_TE."""
+    recipe = Recipe(*fields)
+    logits_TE = x_TH.float() @ weight_EH.float().t()
+    logits_TE = (logits_TE if bias_E is None else logits_TE + bias_E).to(dtype)
+    if recipe.score == "identity":
+        logits_TE = logits_TE.to(recipe.score_dtype or dtype)
+    experts_TK, weights_TK = choose_in_torch(logits_TE, choice_bias_E, top_k, recipe)
+    return weights_TK.to(weight_dtype or weights_TK.dtype), experts_TK.contiguous(), logits_TE
+
+
+@_route.register_kernel("cuda")
+def _(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    given, fields = args[:7], args[7:]
+    return _forward(*given, Recipe(*fields))  # type: ignore[call-arg]
+
+
+@_route.register_fake
+def _(
+    x_TH: Tensor,
+    weight_EH: Tensor,
+    bias_E: Tensor | None,
+    choice_bias_E: Tensor | None,
+    top_k: int,
+    dtype: torch.dtype,
+    weight_dtype: torch.dtype | None,
+    *fields: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    recipe, tokens = Recipe(*fields), x_TH.shape[0]
+    score_dtype = recipe.score_dtype or dtype
+    return (
+        x_TH.new_empty((tokens, top_k), dtype=weight_dtype or score_dtype),
+        x_TH.new_empty((tokens, top_k), dtype=torch.int64),
+        x_TH.new_empty(
+            (tokens, weight_EH.shape[0]), dtype=score_dtype if recipe.score == "identity" else dtype
+        ),
+    )
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    _keep(ctx, inputs[:4], inputs[5], Recipe(*inputs[7:]), output)
+    ctx.num_inputs = len(inputs)
+
+
+def _op_backward(
+    ctx: Any, dweights_TK: Tensor | None, _: None, dlogits_TE: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    grads = _backward(ctx, dweights_TK, dlogits_TE, choose_backward, router_logits_backward)
+    return (*grads, *(None,) * (ctx.num_inputs - 3))
+
+
+_route.register_autograd(_op_backward, setup_context=_save)

@@ -56,7 +56,7 @@ def _router_logits(x_TH: Tensor, weight_EH: Tensor) -> Tensor:
 
 
 @torch.library.custom_op("moetk::router_logits_backward", mutates_args=())
-def _router_logits_backward(
+def router_logits_backward(
     dlogits_TE: Tensor, x_TH: Tensor, weight_EH: Tensor, wants_x: bool, wants_weight: bool
 ) -> tuple[Tensor, Tensor]:
     """dx_TH and dweight_EH, each empty where it is not wanted."""
@@ -74,7 +74,7 @@ def product_in_fp32(x_TH: Tensor, weight_EH: Tensor) -> Tensor:
     return torch.mm(x_TH, weight_EH.t(), out_dtype=torch.float32)
 
 
-@_router_logits_backward.register_kernel("cuda")
+@router_logits_backward.register_kernel("cuda")
 def backward_in_summands(
     dlogits_TE: Tensor, x_TH: Tensor, weight_EH: Tensor, wants_x: bool, wants_weight: bool
 ) -> tuple[Tensor, Tensor]:
@@ -97,7 +97,7 @@ def _(x_TH: Tensor, weight_EH: Tensor) -> Tensor:
     return x_TH.new_empty((x_TH.shape[0], weight_EH.shape[0]), dtype=torch.float32)
 
 
-@_router_logits_backward.register_fake
+@router_logits_backward.register_fake
 def _(
     dlogits_TE: Tensor, x_TH: Tensor, weight_EH: Tensor, wants_x: bool, wants_weight: bool
 ) -> tuple[Tensor, Tensor]:
@@ -113,7 +113,7 @@ def _save(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
 def _backward(ctx: Any, dlogits_TE: Tensor) -> tuple[Tensor | None, Tensor | None]:
     refuse_second_order("the fused router", 'backend="reference"')
     wants_x, wants_weight = ctx.needs_input_grad
-    grads = _router_logits_backward(dlogits_TE, *ctx.saved_tensors, wants_x, wants_weight)
+    grads = router_logits_backward(dlogits_TE, *ctx.saved_tensors, wants_x, wants_weight)
     return grads[0] if wants_x else None, grads[1] if wants_weight else None
 
 

@@ -6,8 +6,9 @@ Letters: T tokens, K choices a token, N = T*K assignments, E experts.
 from __future__ import annotations
 
 import functools
+import weakref
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -43,6 +44,41 @@ class SortPlan:
         return self.offsets_E.diff(prepend=self.offsets_E.new_zeros(1))
 
 
+class Ranks(NamedTuple):
+    """What is known of a choice by who made it. rank_TK: int32, how many choices of its block of
+    `rows` tokens name the same expert before this one. counts_BE: int32, how many choices of a
+    block name each expert. Every id lies in [0, num_experts)."""
+
+    rank_TK: Tensor
+    counts_BE: Tensor
+    rows: int
+    num_experts: int
+
+
+# Of the choice that was made last: a layer sorts what it has just routed.
+_last: tuple[weakref.ref[Tensor], int, Ranks] | None = None
+_MOST_BLOCKS = 1024  # each program of the plan reads the counts of all
+
+
+def remember_ranks(experts_TK: Tensor, ranks: Ranks) -> None:
+    """`sort_plan` of this very tensor, unchanged, will not count its choices again."""
+    global _last
+    if ranks.counts_BE.shape[0] <= _MOST_BLOCKS and not experts_TK.is_inference():
+        _last = weakref.ref(experts_TK), experts_TK._version, ranks
+
+
+def _taken_ranks(experts_TK: Tensor, kept_TK: Tensor | None, num_experts: int) -> Ranks | None:
+    """Given once: the plan writes over them."""
+    global _last
+    last = _last
+    if last is None or last[0]() is not experts_TK:
+        return None
+    _last = None
+    _, version, ranks = last
+    same = version == experts_TK._version and ranks.num_experts == num_experts
+    return ranks if same and kept_TK is None else None
+
+
 def sort_plan(experts_TK: Tensor, kept_TK: Tensor | None, num_experts: int) -> SortPlan:
     """Sort the choices by expert: stable, without atomics, without a wait for the device.
 
@@ -50,8 +86,13 @@ def sort_plan(experts_TK: Tensor, kept_TK: Tensor | None, num_experts: int) -> S
     None = all) drops. On CUDA one op, `moetk::sort_plan`, up to 4096 experts.
     """
     if experts_TK.is_cuda and num_experts <= _MOST_ON_GPU:
-        sort = _sort_on_gpu if direct(experts_TK) else _sort_plan
-        return SortPlan(*sort(experts_TK, kept_TK, num_experts))
+        if not direct(experts_TK):
+            return SortPlan(*_sort_plan(experts_TK, kept_TK, num_experts))
+        ranks = _taken_ranks(experts_TK, kept_TK, num_experts)
+        if ranks is None:
+            return SortPlan(*_sort_on_gpu(experts_TK, kept_TK, num_experts))
+        with on_device_of(experts_TK):
+            return SortPlan(*_gpu().place_on_gpu(experts_TK, ranks))
     choice_N, source_N, slot_TK, offsets_E = sort_in_torch(experts_TK, kept_TK, num_experts)
     on_cpu = experts_TK.device.type == "cpu" and not torch.compiler.is_compiling()
     full = on_cpu and int(offsets_E[-1]) == choice_N.numel()

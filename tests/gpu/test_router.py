@@ -136,6 +136,12 @@ def test_a_whole_router(name):
     ours = grown(leaves, {"weights": routing.weights_TK}, [dweights_TK])
     again = choose_fused(router, x_TH, CTX)
     assert torch.equal(again.experts_TK, routing.experts_TK)
+    for _ in range(2):  # by what the router counted, and as of a choice that somebody else made
+        plan = sort_plan(again.experts_TK, None, router.num_experts)
+        found = (plan.choice_N, plan.source_N, plan.slot_TK, plan.offsets_E)
+        twins = sort_in_torch(again.experts_TK.cpu(), None, router.num_experts)
+        for mine, twin in zip(found, twins, strict=True):
+            assert mine.dtype == twin.dtype and torch.equal(mine.cpu(), twin)
     assert_bitwise(grown(leaves, {"weights": again.weights_TK}, [dweights_TK]), ours)
 
     ctx = RouterContext(replay=routing.experts_TK)  # rounding may choose otherwise
@@ -147,6 +153,27 @@ def test_a_whole_router(name):
     raised = {"x": x64_TH, **dict(twin.named_parameters())}
     truth = grown(raised, {"weights": twin(x64_TH, ctx).weights_TK}, [dweights_TK])
     assert_passes([(ours, eager, truth)], reduction=max(LARGE, x_TH.shape[1]))
+
+
+@pytest.mark.parametrize("name", ROUTERS)
+@pytest.mark.parametrize("tokens", [1, 7, 256, 2113, LARGE])
+def test_what_is_chosen_is_chosen_by_the_logits_that_are_returned(name, tokens):
+    """Which are as near to the true ones as torch's product is, within twice its error."""
+    router, x_TH = made(name, tokens, 3)
+    recipe, k = router.recipe(), router.top_k
+    routing = choose_fused(router, x_TH, CTX)
+    bias_E = getattr(router, "bias", None)
+    true_TE = F.linear(*(t if t is None else t.double() for t in (x_TH, router.weight, bias_E)))
+    theirs_TE = router_logits(x_TH, router.weight, bias_E, router.gemm_dtype)
+    ours, theirs = (
+        float((z.double() - true_TE).abs().max()) for z in (routing.logits_TE, theirs_TE)
+    )
+    assert ours <= 2 * theirs + torch.finfo(FP32).tiny, (ours, theirs)
+    choice_bias_E = getattr(router, "e_score_correction_bias", None)
+    experts_TK, weights_TK = choose(routing.logits_TE, choice_bias_E, k, recipe)
+    assert torch.equal(routing.experts_TK, experts_TK)
+    rounding = torch.finfo(weights_TK.dtype).eps
+    torch.testing.assert_close(routing.weights_TK, weights_TK, rtol=rounding, atol=1e-7)
 
 
 @pytest.mark.parametrize("name", ["qwen3", "deepseek_v3", "deepseek_v4", "gpt_oss"])
@@ -269,6 +296,7 @@ def test_the_operators_are_operators():
     opcheck(ops.choose_backward.default, (weights_TK, logits_TE, experts_TK, *recipe))
     x_TH = x_TH.requires_grad_()
     opcheck(ops.router_logits.default, (x_TH, router.weight))
+    opcheck(ops.route.default, (x_TH, router.weight, None, None, 8, BF16, None, *recipe))
     plain = (x_TH.detach(), router.weight.detach(), True, True)
     opcheck(ops.router_logits_backward.default, (logits_TE.float(), *plain))
     opcheck(ops.sort_plan.default, (torch.randint(-1, 9, (6, 2), device=DEVICE), None, 8))

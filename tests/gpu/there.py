@@ -3,6 +3,7 @@ there, what comes out is brought back, and gradients cross as they are."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch.utils import _pytree
 
 from moetk.context import RouterContext
 from moetk.experts import BankWeights, ExpertBank, bank_forward
+from moetk.kernels.choose import choice_in_torch
 from moetk.routers import LinearRouter
 from moetk.routers.fused import choose_fused, why_not_fused
 from moetk.routing import Routing
@@ -74,7 +76,11 @@ class _RouterThere:
             return super().forward(x_TH, ctx)  # type: ignore[misc]
         why = why_not_fused(self, ctx)
         assert why is None or (not KERNELS and why == "device cpu, needs cuda"), why
-        return choose_fused(self, x_TH, ctx)
+        routing = choose_fused(self, x_TH, ctx)
+        # What chose stays in the kernel; written out, so that the laws of choosing have it.
+        bias_E = getattr(self, "e_score_correction_bias", None)
+        choice_TE = choice_in_torch(routing.logits_TE, bias_E, self.recipe())
+        return replace(routing, choice_TE=choice_TE)
 
 
 def router_there(router: LinearRouter) -> LinearRouter:

@@ -18,6 +18,7 @@ from torch import Tensor
 from moetk.errors import MoeDtypeError, RouterConfigError
 from moetk.kernels.choose import MAX_EXPERTS, MAX_TOP_K
 from moetk.kernels.gpu.launch import divided, launch, power_of_two
+from moetk.kernels.gpu.select import columns_of, rounded, scores, select, softmax_of_row
 from moetk.kernels.recipe import Recipe
 
 _TL: dict[torch.dtype, Any] = {
@@ -27,92 +28,6 @@ _TL: dict[torch.dtype, Any] = {
 }
 _NUM_WARPS = 4
 _TILE = 1024  # elements of one program: eight a thread
-_NONE = tl.constexpr(-(2**31))  # below the key of every number: padding, and what was taken
-
-
-@triton.jit
-def _key(x):
-    """fp32 to int32 in the same order: NaN above all numbers, equal NaNs, equal zeros."""
-    bits = tl.where(x == 0, 0.0, x).to(tl.int32, bitcast=True)
-    return tl.where(x != x, 0x7FFFFFFF, bits ^ ((bits >> 31) & 0x7FFFFFFF))
-
-
-@triton.jit
-def _value(key):
-    """The fp32 number of a key."""
-    return (key ^ ((key >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _rounded(x, DTYPE: tl.constexpr):
-    return x.to(DTYPE).to(tl.float32)
-
-
-@triton.jit
-def _log1p(y):
-    """log(1 + y) for y >= 0, also where 1 + y loses y (W. Kahan's quotient)."""
-    u = 1.0 + y
-    return tl.where(u == 1.0, y, tl.div_rn(tl.log(u) * y, tl.where(u == 1.0, 1.0, u - 1.0)))
-
-
-@triton.jit
-def _scores(logits, largest, total, SCORE: tl.constexpr, DTYPE: tl.constexpr):
-    """largest, total: of the row's softmax; unused by the other scores."""
-    if SCORE == "softmax":
-        scores = tl.div_rn(tl.exp(logits - largest), total)
-    elif SCORE == "sigmoid":
-        grown = 1.0 + tl.exp(-logits)
-        scores = tl.div_rn(tl.full(grown.shape, 1.0, tl.float32), grown)
-    elif SCORE == "sqrt_softplus":
-        # The linear branch starts at 20, as in torch.
-        plus = tl.where(logits > 20.0, logits, _log1p(tl.exp(tl.minimum(logits, 20.0))))
-        plus = tl.where(logits != logits, logits, plus)
-        scores = tl.sqrt_rn(_rounded(plus, DTYPE))
-    else:
-        scores = logits
-    return _rounded(scores, DTYPE)
-
-
-@triton.jit
-def _softmax_of_row(logits_RC):
-    """The largest logit of each row, and the sum of exp(logit - largest), both (R, 1)."""
-    largest_R1 = tl.max(logits_RC, 1)[:, None]
-    return largest_R1, tl.sum(tl.exp(logits_RC - largest_R1), 1)[:, None]
-
-
-@triton.jit
-def _pop_largest(keys_RC, column_C):
-    """The largest key of each row, the lowest column that holds it, and the keys without it."""
-    largest_R = tl.max(keys_RC, 1)
-    equal_RC = keys_RC == largest_R[:, None]
-    column_R = tl.min(tl.where(equal_RC, column_C[None, :], 0x7FFFFFFF), 1)
-    return largest_R, column_R, tl.where(column_C[None, :] == column_R[:, None], _NONE, keys_RC)
-
-
-@triton.jit
-def _in_best_groups(
-    keys_RC,
-    R: tl.constexpr,
-    GROUPS: tl.constexpr,
-    TOP_GROUPS: tl.constexpr,
-    G: tl.constexpr,
-    M: tl.constexpr,
-    CHOICE: tl.constexpr,
-):
-    """Keys outside each row's best groups become that of -inf; padding stays padding."""
-    group_G = tl.arange(0, G)
-    in_group_M = tl.arange(0, M)
-    first_X, _, rest_XM = _pop_largest(tl.reshape(keys_RC, (R * G, M)), in_group_M)
-    worth_X = _rounded(_value(first_X) + _value(tl.max(rest_XM, 1)), CHOICE)
-    worth_RG = tl.reshape(_key(worth_X), (R, G))
-    worth_RG = tl.where(group_G[None, :] < GROUPS, worth_RG, _NONE)
-    best_RG = tl.zeros((R, G), tl.int32)
-    for _ in tl.static_range(TOP_GROUPS):
-        _, group_R, worth_RG = _pop_largest(worth_RG, group_G)
-        best_RG = tl.where(group_G[None, :] == group_R[:, None], 1, best_RG)
-    outside_RGM = tl.broadcast_to(best_RG[:, :, None] == 0, (R, G, M))
-    outside_RC = tl.reshape(outside_RGM, (R, G * M)) & (keys_RC != _NONE)
-    return tl.where(outside_RC, _key(tl.full((R, G * M), float("-inf"), tl.float32)), keys_RC)
 
 
 @triton.jit
@@ -140,53 +55,38 @@ def _choose_kernel(
 ):
     row_R = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
     inside_R1 = (row_R < num_tokens)[:, None]
-    column_C = tl.arange(0, G * M)
-    size: tl.constexpr = E // GROUPS
-    expert_C = column_C // M * size + column_C % M
-    real_C = (column_C // M < GROUPS) & (column_C % M < size)
-
+    expert_C, real_C = columns_of(E, GROUPS, G, M)
     logits_RC = tl.load(
         logits_TE + row_R[:, None] * E + expert_C[None, :],
         mask=inside_R1 & real_C[None, :],
         other=float("-inf"),
     ).to(tl.float32)
-    logits_RC = _rounded(logits_RC, DTYPE)
-    if SCORE == "softmax":
-        largest_R1, total_R1 = _softmax_of_row(logits_RC)
-    else:
-        largest_R1, total_R1 = 0.0, 1.0
-    choice_RC = _scores(logits_RC, largest_R1, total_R1, SCORE, DTYPE)
-    if bias_E is not None:
-        bias_C = tl.load(bias_E + expert_C, mask=real_C, other=0.0).to(tl.float32)
-        choice_RC = _rounded(choice_RC + bias_C[None, :], CHOICE)
-    keys_RC = tl.where(real_C[None, :], _key(choice_RC), _NONE)
-    if TOP_GROUPS < GROUPS:
-        keys_RC = _in_best_groups(keys_RC, R, GROUPS, TOP_GROUPS, G, M, CHOICE)
-
+    columns_RK, weights_RK, _ = select(
+        logits_RC,
+        bias_E,
+        expert_C,
+        real_C,
+        eps,
+        scale,
+        E,
+        TOP_K,
+        SCORE,
+        OVER_CHOSEN,
+        GROUPS,
+        TOP_GROUPS,
+        RENORMALISE,
+        DTYPE,
+        CHOICE,
+        R,
+        G,
+        M,
+        K,
+    )
     choice_K = tl.arange(0, K)
-    columns_RK = tl.zeros((R, K), tl.int32)
-    for k in tl.static_range(TOP_K):
-        _, column_R, keys_RC = _pop_largest(keys_RC, column_C)
-        columns_RK = tl.where(choice_K[None, :] == k, column_R[:, None], columns_RK)
-    experts_RK = columns_RK // M * size + columns_RK % M
-
-    # The chosen logits are read again, out of the cache: cheaper than K sums over the row.
+    size: tl.constexpr = E // GROUPS
     stored_RK = inside_R1 & (choice_K < TOP_K)[None, :]
-    chosen_RK = tl.load(
-        logits_TE + row_R[:, None] * E + experts_RK, mask=stored_RK, other=float("-inf")
-    ).to(tl.float32)
-    weights_RK = _scores(_rounded(chosen_RK, DTYPE), largest_R1, total_R1, SCORE, DTYPE)
-    if OVER_CHOSEN:
-        weights_RK = tl.where(stored_RK, weights_RK, float("-inf"))
-        largest_R1, total_R1 = _softmax_of_row(weights_RK)
-        weights_RK = _scores(weights_RK, largest_R1, total_R1, "softmax", DTYPE)
-    if RENORMALISE:
-        sum_R1 = tl.sum(tl.where(stored_RK, weights_RK, 0.0), 1)[:, None]
-        sum_R1 = _rounded(_rounded(sum_R1, DTYPE) + eps, DTYPE)
-        weights_RK = _rounded(tl.div_rn(weights_RK, tl.where(sum_R1 == 0, 1.0, sum_R1)), DTYPE)
-    weights_RK = _rounded(weights_RK * scale, DTYPE)
-
     place_RK = row_R[:, None] * TOP_K + choice_K[None, :]
+    experts_RK = columns_RK // M * size + columns_RK % M
     tl.store(experts_TK + place_RK, experts_RK.to(tl.int64), mask=stored_RK)
     tl.store(weights_TK + place_RK, weights_RK, mask=stored_RK)
 
@@ -222,20 +122,20 @@ def _choose_backward_kernel(
     experts_RK = tl.load(experts_TK + place_RK, mask=stored_RK, other=0).to(tl.int32)
     dweights_RK = tl.load(dweights_TK + place_RK, mask=stored_RK, other=0.0).to(tl.float32) * scale
     chosen_RK = tl.load(logits_TE + row_R[:, None] * E + experts_RK, mask=stored_RK, other=0.0)
-    chosen_RK = _rounded(chosen_RK.to(tl.float32), DTYPE)
+    chosen_RK = rounded(chosen_RK.to(tl.float32), DTYPE)
 
     if SCORE == "softmax":
         logits_RC = tl.load(logits_TE + at_RC, mask=stored_RC, other=float("-inf"))
-        logits_RC = _rounded(logits_RC.to(tl.float32), DTYPE)
-        largest_R1, total_R1 = _softmax_of_row(logits_RC)
+        logits_RC = rounded(logits_RC.to(tl.float32), DTYPE)
+        largest_R1, total_R1 = softmax_of_row(logits_RC)
     else:
         largest_R1, total_R1 = 0.0, 1.0
-    scores_RK = _scores(chosen_RK, largest_R1, total_R1, SCORE, tl.float32)
+    scores_RK = scores(chosen_RK, largest_R1, total_R1, SCORE, tl.float32)
     weights_RK = scores_RK
     if OVER_CHOSEN:
         weights_RK = tl.where(stored_RK, scores_RK, float("-inf"))
-        largest_of_K, total_of_K = _softmax_of_row(weights_RK)
-        weights_RK = _scores(weights_RK, largest_of_K, total_of_K, "softmax", tl.float32)
+        largest_of_K, total_of_K = softmax_of_row(weights_RK)
+        weights_RK = scores(weights_RK, largest_of_K, total_of_K, "softmax", tl.float32)
     weights_RK = tl.where(stored_RK, weights_RK, 0.0)
 
     if RENORMALISE:
@@ -249,7 +149,7 @@ def _choose_backward_kernel(
     if SCORE == "sigmoid":
         dweights_RK = dweights_RK * scores_RK * (1.0 - scores_RK)
     elif SCORE == "sqrt_softplus":
-        slope_RK = _scores(chosen_RK, largest_R1, total_R1, "sigmoid", tl.float32)
+        slope_RK = scores(chosen_RK, largest_R1, total_R1, "sigmoid", tl.float32)
         slope_RK = tl.div_rn(slope_RK, tl.where(scores_RK == 0, 1.0, 2.0 * scores_RK))
         dweights_RK = dweights_RK * tl.where(scores_RK == 0, 0.0, slope_RK)
 
@@ -260,7 +160,7 @@ def _choose_backward_kernel(
         dlogits_RC = tl.where(column_C[None, :] == expert_R[:, None], d_R[:, None], dlogits_RC)
     if SCORE == "softmax":
         mean_R1 = tl.sum(tl.where(stored_RK, dweights_RK * scores_RK, 0.0), 1)[:, None]
-        scores_RC = _scores(logits_RC, largest_R1, total_R1, SCORE, tl.float32)
+        scores_RC = scores(logits_RC, largest_R1, total_R1, SCORE, tl.float32)
         dlogits_RC = scores_RC * (dlogits_RC - mean_R1)
     tl.store(dlogits_TE + at_RC, dlogits_RC, mask=stored_RC)
 
@@ -281,34 +181,33 @@ def choose_on_gpu(
     bias_dtype = None
     if bias_E is not None:
         bias_dtype, bias_E = bias_E.dtype, bias_E.contiguous()
-    score_dtype, rows, constants = _constants(
+    score_dtype, _, constants, (groups, members, choices) = constants_of(
         logits_TE.dtype, num_experts, top_k, recipe, bias_dtype
     )
+    rows = max(1, _TILE // (groups * members))
     experts_TK = logits_TE.new_empty((num_tokens, top_k), dtype=torch.int64)
     weights_TK = logits_TE.new_empty((num_tokens, top_k), dtype=weight_dtype or score_dtype)
     if num_tokens == 0:
         return experts_TK, weights_TK
     logits_TE = logits_TE.contiguous()
     args = (logits_TE, bias_E, experts_TK, weights_TK, num_tokens, recipe.eps, recipe.scale)
+    constants = (*constants, rows, groups, members, choices)
     launch(_choose_kernel, (divided(num_tokens, rows),), args, constants, warps=_NUM_WARPS)
     return experts_TK, weights_TK
 
 
 @functools.cache
-def _constants(
+def constants_of(
     dtype: torch.dtype,
     num_experts: int,
     top_k: int,
     recipe: Recipe,
     bias_dtype: torch.dtype | None,
-) -> tuple[torch.dtype, int, tuple[Any, ...]]:
-    """The score dtype, the rows of a program, and what the kernel is compiled for. Raises where it
-    cannot run."""
+) -> tuple[torch.dtype, Any, tuple[Any, ...], tuple[int, int, int]]:
+    """For logits of `dtype`: the score dtype, Triton's name of `dtype`, what `select` is compiled
+    for from E to CHOICE, and its G, M and K. Raises where it cannot run."""
     score_dtype = _check(dtype, num_experts, top_k, recipe)
     groups = recipe.groups if recipe.limited else 1
-    group_columns = power_of_two(groups)
-    member_columns = power_of_two(num_experts // groups)
-    rows = max(1, _TILE // (group_columns * member_columns))
     choice_dtype = score_dtype
     if bias_dtype is not None:
         choice_dtype = torch.promote_types(score_dtype, bias_dtype)
@@ -322,12 +221,9 @@ def _constants(
         recipe.renormalise,
         _TL[score_dtype],
         _TL[choice_dtype],
-        rows,
-        group_columns,
-        member_columns,
-        power_of_two(top_k),
     )
-    return score_dtype, rows, constants
+    sizes = power_of_two(groups), power_of_two(num_experts // groups), power_of_two(top_k)
+    return score_dtype, _TL[dtype], constants, sizes
 
 
 def choose_backward_on_gpu(

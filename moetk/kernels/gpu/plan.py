@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moetk.kernels.gpu.launch import dense, divided, launch, power_of_two
+from moetk.kernels.sort_plan import Ranks
 
 _BLOCK = 256  # choices of one program
 _PART = 32  # choices that a block is compared with at a time; with twice as many it spills
@@ -21,6 +22,7 @@ _SCAN_BLOCKS, _SCAN_EXPERTS = 512, 8
 # Up to here every program counts all choices by itself: two launches less on the host, where a
 # small layer spends its time.
 _FEW = 4096
+_COUNTS = 4096  # numbers that a program reads at a time where all blocks' counts are added up
 
 
 @triton.jit
@@ -221,6 +223,74 @@ def _sort_few_kernel(
         COLUMNS,
         BLOCK,
     )
+
+
+@triton.jit
+def _place_ranked_kernel(
+    experts_TK,
+    counts_BE,
+    choice_N,
+    source_N,
+    slot_TK,
+    offsets_E,
+    num_tokens,
+    num_blocks,
+    TOP_K: tl.constexpr,
+    E: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    R: tl.constexpr,
+    K: tl.constexpr,
+    BLOCKS: tl.constexpr,
+):
+    """slot_TK holds the ranks in their blocks of R tokens and becomes the rows. Every choice is
+    used."""
+    block = tl.program_id(0)
+    column = tl.arange(0, COLUMNS)
+    counts = tl.zeros((COLUMNS,), tl.int32)
+    before = tl.zeros((COLUMNS,), tl.int32)
+    for start in range(0, num_blocks, BLOCKS):
+        block_B = start + tl.arange(0, BLOCKS)
+        there = (block_B < num_blocks)[:, None] & (column < E)[None, :]
+        at = counts_BE + block_B.to(tl.int64)[:, None] * E + column[None, :]
+        counts_BX = tl.load(at, mask=there, other=0)
+        counts += tl.sum(counts_BX, 0)
+        before += tl.sum(tl.where((block_B < block)[:, None], counts_BX, 0), 0)
+    ends = tl.cumsum(counts, 0)
+    if block == 0:
+        tl.store(offsets_E + column, ends, mask=column < E)
+    of_block = tl.arange(0, R * K)
+    token, k = block * R + of_block // K, of_block % K
+    inside = (token < num_tokens) & (k < TOP_K)
+    choice = token * TOP_K + k
+    expert = tl.load(experts_TK + choice, mask=inside, other=0).to(tl.int32)
+    rank = tl.load(slot_TK + choice, mask=inside, other=0)
+    row = rank + tl.gather(ends - counts + before, expert, 0)
+    tl.store(slot_TK + choice, row, mask=inside)
+    tl.store(choice_N + row, choice, mask=inside)
+    tl.store(source_N + row, token, mask=inside)
+
+
+def place_on_gpu(experts_TK: Tensor, ranks: Ranks) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`sort_on_gpu` in one launch for choices that were counted and ranked as they were made. The
+    ranks become the slots."""
+    num_tokens, top_k = experts_TK.shape
+    choice_N, source_N = (
+        experts_TK.new_empty(num_tokens * top_k, dtype=torch.int32) for _ in range(2)
+    )
+    offsets_E = experts_TK.new_empty(ranks.num_experts, dtype=torch.int32)
+    plan = choice_N, source_N, ranks.rank_TK, offsets_E
+    if num_tokens == 0:
+        offsets_E.zero_()
+        return plan
+    num_blocks = ranks.counts_BE.shape[0]
+    columns, choices = power_of_two(ranks.num_experts), power_of_two(top_k)
+    launch(
+        _place_ranked_kernel,
+        (num_blocks,),
+        (experts_TK, ranks.counts_BE, *plan, num_tokens, num_blocks),
+        (top_k, ranks.num_experts, columns, ranks.rows, choices, _COUNTS // columns),
+    )
+    return plan
 
 
 def sort_on_gpu(

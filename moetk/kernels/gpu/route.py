@@ -1,0 +1,214 @@
+"""The router as one kernel: product, choice, and how often each expert was chosen. What it computes
+is stated in torch by the op `moetk::route` in `moetk.kernels.route`.
+
+Letters: T tokens, H hidden, E experts, K choices; R tokens of one program, and for the columns of
+its tile of logits C, G, M as in `moetk.kernels.gpu.select`.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from moetk.kernels.gpu.choose import (
+    choose_backward_on_gpu,
+    choose_on_gpu,
+    constants_of,
+)
+from moetk.kernels.gpu.launch import Tiled, dense, divided, launch
+from moetk.kernels.gpu.select import columns_of, rounded, select
+from moetk.kernels.recipe import Recipe
+from moetk.kernels.sort_plan import Ranks
+
+__all__ = ["choose_backward_on_gpu", "choose_on_gpu", "route_on_gpu"]
+
+_TILE = 16384  # logits of one program, at most: with eight warps 64 a thread
+_ROWS = (16, 32, 64, 128)
+_ENOUGH = 132  # programs; where fewer rows each would only read the weight more often
+_ROOM = 200 * 1024  # bytes of shared memory that the deeper reads take, at 128 columns
+_ALIGNED = 8  # numbers in 16 bytes, of which the copy engine's rows are multiples
+
+
+@triton.jit
+def _route_kernel(
+    x_TH,
+    x_desc,
+    weight_EH,
+    weight_desc,
+    bias_E,
+    choice_bias_E,
+    logits_TE,
+    experts_TK,
+    weights_TK,
+    rank_TK,
+    counts_BE,
+    num_tokens,
+    eps,
+    scale,
+    TILED: tl.constexpr,
+    H: tl.constexpr,
+    GEMM: tl.constexpr,
+    E: tl.constexpr,
+    TOP_K: tl.constexpr,
+    SCORE: tl.constexpr,
+    OVER_CHOSEN: tl.constexpr,
+    GROUPS: tl.constexpr,
+    TOP_GROUPS: tl.constexpr,
+    RENORMALISE: tl.constexpr,
+    DTYPE: tl.constexpr,
+    CHOICE: tl.constexpr,
+    R: tl.constexpr,
+    G: tl.constexpr,
+    M: tl.constexpr,
+    K: tl.constexpr,
+    BK: tl.constexpr,
+):
+    block = tl.program_id(0)
+    in_block_R, k_range = tl.arange(0, R), tl.arange(0, BK)
+    row_R = block.to(tl.int64) * R + in_block_R
+    inside_R1 = (row_R < num_tokens)[:, None]
+    expert_C, real_C = columns_of(E, GROUPS, G, M)
+
+    # Clamped, not masked: what is read twice so is masked where it is stored.
+    x_RK = x_TH + tl.minimum(row_R, num_tokens - 1)[:, None] * H + k_range[None, :]
+    weight_KC = weight_EH + tl.minimum(expert_C, E - 1)[None, :] * H + k_range[:, None]
+    logits_RC = tl.zeros((R, G * M), tl.float32)
+    for k in range(0, H, BK):
+        if TILED:
+            x, weight = x_desc.load([block * R, k]), weight_desc.load([0, k]).T
+        elif H % BK == 0:
+            x, weight = tl.load(x_RK + k), tl.load(weight_KC + k)
+        else:
+            left = k + k_range < H
+            x = tl.load(x_RK + k, mask=left[None, :], other=0.0)
+            weight = tl.load(weight_KC + k, mask=left[:, None], other=0.0)
+        logits_RC = tl.dot(x, weight, logits_RC)
+    if bias_E is not None:
+        bias_C = tl.load(bias_E + expert_C, mask=real_C, other=0.0).to(tl.float32)
+        logits_RC += bias_C[None, :]
+    logits_RC = rounded(logits_RC, GEMM).to(logits_TE.dtype.element_ty)
+    at_RC = logits_TE + row_R[:, None] * E + expert_C[None, :]
+    tl.store(at_RC, logits_RC, mask=inside_R1 & real_C[None, :])
+
+    columns_RK, weights_RK, chosen_RC = select(
+        tl.where(real_C[None, :], logits_RC.to(tl.float32), float("-inf")),
+        choice_bias_E,
+        expert_C,
+        real_C,
+        eps,
+        scale,
+        E,
+        TOP_K,
+        SCORE,
+        OVER_CHOSEN,
+        GROUPS,
+        TOP_GROUPS,
+        RENORMALISE,
+        DTYPE,
+        CHOICE,
+        R,
+        G,
+        M,
+        K,
+    )
+    choice_K = tl.arange(0, K)
+    size: tl.constexpr = E // GROUPS
+    experts_RK = columns_RK // M * size + columns_RK % M
+    stored_RK = inside_R1 & (choice_K < TOP_K)[None, :]
+    place_RK = row_R[:, None] * TOP_K + choice_K[None, :]
+    tl.store(experts_TK + place_RK, experts_RK.to(tl.int64), mask=stored_RK)
+    tl.store(weights_TK + place_RK, weights_RK, mask=stored_RK)
+
+    # How many tokens of the block chose an expert before this one: a product with ones below the
+    # diagonal, which 16 bits hold exactly.
+    ones_RC = tl.where(chosen_RC, 1.0, 0.0)
+    below_RR = tl.where(in_block_R[:, None] > in_block_R[None, :], 1.0, 0.0)
+    before_RC = tl.dot(below_RR.to(tl.float16), ones_RC.to(tl.float16)).to(tl.int8)
+    tl.store(rank_TK + place_RK, tl.gather(before_RC, columns_RK, 1).to(tl.int32), mask=stored_RK)
+    count_C = tl.sum(tl.where(inside_R1, ones_RC, 0.0), 0).to(tl.int32)
+    tl.store(counts_BE + block.to(tl.int64) * E + expert_C, count_C, mask=real_C)
+
+
+def route_on_gpu(
+    x_TH: Tensor,
+    weight_EH: Tensor,
+    bias_E: Tensor | None,
+    choice_bias_E: Tensor | None,
+    top_k: int,
+    recipe: Recipe,
+    dtype: torch.dtype,
+    weight_dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor, Tensor, Ranks]:
+    """weights_TK, experts_TK, logits_TE of `dtype`, and the ranks of the choices.
+
+    Raises RouterConfigError past 32 choices.
+    """
+    (num_tokens, hidden), num_experts = x_TH.shape, weight_EH.shape[0]
+    choice_bias_dtype = None
+    if choice_bias_E is not None:
+        choice_bias_dtype, choice_bias_E = choice_bias_E.dtype, dense(choice_bias_E)
+    score_dtype, gemm, constants, (groups, members, choices) = constants_of(
+        dtype, num_experts, top_k, recipe, choice_bias_dtype
+    )
+    columns = groups * members
+    rows = _rows(num_tokens, columns)
+    num_blocks = divided(num_tokens, rows)
+    logits_TE = x_TH.new_empty(
+        (num_tokens, num_experts), dtype=score_dtype if recipe.score == "identity" else dtype
+    )
+    experts_TK = x_TH.new_empty((num_tokens, top_k), dtype=torch.int64)
+    weights_TK = x_TH.new_empty((num_tokens, top_k), dtype=weight_dtype or score_dtype)
+    rank_TK = x_TH.new_empty((num_tokens, top_k), dtype=torch.int32)
+    counts_BE = x_TH.new_empty((num_blocks, num_experts), dtype=torch.int32)
+    ranks = Ranks(rank_TK, counts_BE, rows, num_experts)
+    if num_tokens:
+        x_TH, weight_EH = dense(x_TH), dense(weight_EH)
+        step, stages, warps = _reads(rows, columns, x_TH.device)
+        tiled = num_experts == columns and hidden % _ALIGNED == 0
+        launch(
+            _route_kernel,
+            (num_blocks,),
+            (
+                x_TH,
+                Tiled(x_TH, (num_tokens, hidden), (rows, step)) if tiled else None,
+                weight_EH,
+                Tiled(weight_EH, (num_experts, hidden), (columns, step)) if tiled else None,
+                None if bias_E is None else dense(bias_E),
+                choice_bias_E,
+                logits_TE,
+                experts_TK,
+                weights_TK,
+                rank_TK,
+                counts_BE,
+                num_tokens,
+                recipe.eps,
+                recipe.scale,
+            ),
+            (tiled, hidden, gemm, *constants, rows, groups, members, choices, step),
+            warps=warps,
+            stages=stages,
+        )
+    return weights_TK, experts_TK, logits_TE, ranks
+
+
+def _rows(num_tokens: int, columns: int) -> int:
+    """Of one program: as few as keep the device busy, as many as registers hold."""
+    most = max(_ROWS[0], min(_ROWS[-1], _TILE // columns))
+    return next((rows for rows in _ROWS if num_tokens <= rows * _ENOUGH and rows <= most), most)
+
+
+@functools.cache
+def _reads(rows: int, columns: int, device: torch.device) -> tuple[int, int, int]:
+    """How far a program reads at once along H, how many such reads are under way, and its warps."""
+    warps = 8 if 2 * rows * columns >= _TILE else 4
+    if device.type == "cuda":
+        properties: Any = torch.cuda.get_device_properties(device)  # of which stubs know little
+        shared = properties.shared_memory_per_block_optin
+        if shared >= _ROOM:
+            return (64, 5, warps) if rows == _ROWS[-1] else (128, 4, warps)
+    return 64, 3, warps

@@ -68,6 +68,7 @@ class Site:
     settings: Mapping[str, Any] = field(default_factory=dict)
     active: bool = True
     add_to_grad: bool = False
+    biased: bool = False
 
     def __post_init__(self) -> None:
         self.route = _Route(self)
@@ -218,7 +219,7 @@ class ExpertsShell:
         else:
             y_RH = bank_forward(
                 site.spec,
-                bank_weights(self, site.add_to_grad),  # type: ignore[arg-type]
+                bank_weights(self, site.add_to_grad, site.biased),  # type: ignore[arg-type]
                 x_RH,
                 local,
                 site.backend,

@@ -12,7 +12,7 @@ from torch import Tensor
 from moetk.kernels import sort_plan as room
 from moetk.kernels.recipe import Recipe
 from moetk.kernels.route import in_one_kernel, route
-from moetk.kernels.sort_plan import Ranks, remember_ranks
+from moetk.kernels.sort_plan import Ranks, remember
 
 NONE = torch.zeros(0, dtype=torch.int32)
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -23,52 +23,52 @@ def ids() -> Tensor:
 
 
 def remembered(experts_TK: Tensor, blocks: int = 1) -> Ranks:
-    ranks = Ranks(NONE, torch.zeros(blocks, 3, dtype=torch.int32), 16, 3)
-    remember_ranks(experts_TK, ranks)
+    ranks = Ranks(NONE, torch.zeros(blocks, 3, dtype=torch.int32), 16)
+    remember(experts_TK, ranks)
     return ranks
 
 
 def test_the_choice_that_was_ranked_has_them_once() -> None:
     experts_TK = ids()
     ranks = remembered(experts_TK)
-    assert room._taken_ranks(experts_TK, None, 3) is ranks
-    assert room._taken_ranks(experts_TK, None, 3) is None
+    assert room._recall(experts_TK, None, 3) is ranks
+    assert room._recall(experts_TK, None, 3) is None
 
 
 def test_no_other_choice_has_them() -> None:
     experts_TK = ids()
     ranks = remembered(experts_TK)
-    assert room._taken_ranks(experts_TK.clone(), None, 3) is None
-    assert room._taken_ranks(experts_TK.view(2, 2), None, 3) is None
-    assert room._taken_ranks(experts_TK, None, 3) is ranks
+    assert room._recall(experts_TK.clone(), None, 3) is None
+    assert room._recall(experts_TK.view(2, 2), None, 3) is None
+    assert room._recall(experts_TK, None, 3) is ranks
     for change in ("written to", "dropped", "another bank's"):
         remembered(experts_TK)
         kept_TK = torch.ones(2, 2, dtype=torch.bool) if change == "dropped" else None
         if change == "written to":
             experts_TK.add_(0)
-        assert room._taken_ranks(experts_TK, kept_TK, 4 if "bank" in change else 3) is None, change
+        assert room._recall(experts_TK, kept_TK, 4 if "bank" in change else 3) is None, change
 
 
 def test_only_the_last_choice_is_remembered_and_not_kept_alive() -> None:
     first_TK, second_TK = ids(), ids()
     remembered(first_TK)
     ranks = remembered(second_TK)
-    assert room._taken_ranks(first_TK, None, 3) is None
-    assert room._taken_ranks(second_TK, None, 3) is ranks
+    assert room._recall(first_TK, None, 3) is None
+    assert room._recall(second_TK, None, 3) is ranks
     remembered(second_TK)
     del second_TK
     gc.collect()
-    assert room._taken_ranks(ids(), None, 3) is None
+    assert room._recall(ids(), None, 3) is None
 
 
 def test_what_cannot_be_checked_or_counted_cheaply_is_not_remembered() -> None:
     with torch.inference_mode():
         experts_TK = ids()
         remembered(experts_TK)
-        assert room._taken_ranks(experts_TK, None, 3) is None
+        assert room._recall(experts_TK, None, 3) is None
     experts_TK = ids()
     remembered(experts_TK, blocks=5000)
-    assert room._taken_ranks(experts_TK, None, 3) is None
+    assert room._recall(experts_TK, None, 3) is None
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ from moetk.kernels.router_logits import (
     router_logits,
     router_logits_backward,
 )
-from moetk.kernels.sort_plan import remember_ranks
+from moetk.kernels.sort_plan import remember
 
 MOST_EXPERTS = 128  # the columns of a tile, which the kernel keeps in registers
 
@@ -105,13 +105,14 @@ def _forward(
     weight_dtype: torch.dtype | None,
     recipe: Recipe,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The kernels, called as they are. The ranks of what is chosen are remembered for its plan."""
+    """The kernels, called as they are. What they know of the choice's plan is
+    remembered for who asks for it."""
     with on_device_of(x_TH):
         if in_one_kernel(x_TH, weight_EH, dtype):
-            weights_TK, experts_TK, logits_TE, ranks = _gpu().route_on_gpu(
+            weights_TK, experts_TK, logits_TE, made = _gpu().route_on_gpu(
                 x_TH, weight_EH, bias_E, choice_bias_E, top_k, recipe, dtype, weight_dtype
             )
-            remember_ranks(experts_TK, ranks)
+            remember(experts_TK, made)
             return weights_TK, experts_TK, logits_TE
         if _widens(x_TH, weight_EH, dtype):
             logits_TE = product_in_fp32(x_TH, weight_EH)

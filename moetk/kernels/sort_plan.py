@@ -39,6 +39,10 @@ class SortPlan:
         return weights_TK.masked_fill(self.slot_TK >= self.offsets_E[-1], 0)
 
     @property
+    def num_experts(self) -> int:
+        return self.offsets_E.shape[0]
+
+    @property
     def counts_E(self) -> Tensor:
         """int32, rows of each expert."""
         return self.offsets_E.diff(prepend=self.offsets_E.new_zeros(1))
@@ -47,36 +51,43 @@ class SortPlan:
 class Ranks(NamedTuple):
     """What is known of a choice by who made it. rank_TK: int32, how many choices of its block of
     `rows` tokens name the same expert before this one. counts_BE: int32, how many choices of a
-    block name each expert. Every id lies in [0, num_experts)."""
+    block name each expert. Every id lies in [0, E)."""
 
     rank_TK: Tensor
     counts_BE: Tensor
     rows: int
-    num_experts: int
+
+    @property
+    def num_experts(self) -> int:
+        return self.counts_BE.shape[1]
 
 
 # Of the choice that was made last: a layer sorts what it has just routed.
-_last: tuple[weakref.ref[Tensor], int, Ranks] | None = None
+_last: tuple[weakref.ref[Tensor], int, Ranks | SortPlan] | None = None
 _MOST_BLOCKS = 1024  # each program of the plan reads the counts of all
 
 
-def remember_ranks(experts_TK: Tensor, ranks: Ranks) -> None:
+def remember(experts_TK: Tensor, made: Ranks | SortPlan) -> None:
     """`sort_plan` of this very tensor, unchanged, will not count its choices again."""
     global _last
-    if ranks.counts_BE.shape[0] <= _MOST_BLOCKS and not experts_TK.is_inference():
-        _last = weakref.ref(experts_TK), experts_TK._version, ranks
+    if type(made) is Ranks and made.counts_BE.shape[0] > _MOST_BLOCKS:
+        return
+    if not experts_TK.is_inference():
+        _last = weakref.ref(experts_TK), experts_TK._version, made
 
 
-def _taken_ranks(experts_TK: Tensor, kept_TK: Tensor | None, num_experts: int) -> Ranks | None:
-    """Given once: the plan writes over them."""
+def _recall(
+    experts_TK: Tensor, kept_TK: Tensor | None, num_experts: int
+) -> Ranks | SortPlan | None:
+    """Given once: the plan writes over the ranks."""
     global _last
     last = _last
     if last is None or last[0]() is not experts_TK:
         return None
     _last = None
-    _, version, ranks = last
-    same = version == experts_TK._version and ranks.num_experts == num_experts
-    return ranks if same and kept_TK is None else None
+    _, version, made = last
+    same = version == experts_TK._version and made.num_experts == num_experts
+    return made if same and kept_TK is None else None
 
 
 def sort_plan(experts_TK: Tensor, kept_TK: Tensor | None, num_experts: int) -> SortPlan:
@@ -88,11 +99,13 @@ def sort_plan(experts_TK: Tensor, kept_TK: Tensor | None, num_experts: int) -> S
     if experts_TK.is_cuda and num_experts <= _MOST_ON_GPU:
         if not direct(experts_TK):
             return SortPlan(*_sort_plan(experts_TK, kept_TK, num_experts))
-        ranks = _taken_ranks(experts_TK, kept_TK, num_experts)
-        if ranks is None:
+        made = _recall(experts_TK, kept_TK, num_experts)
+        if type(made) is SortPlan:
+            return made
+        if made is None:
             return SortPlan(*_sort_on_gpu(experts_TK, kept_TK, num_experts))
         with on_device_of(experts_TK):
-            return SortPlan(*_gpu().place_on_gpu(experts_TK, ranks))
+            return SortPlan(*_gpu().place_on_gpu(experts_TK, made))
     choice_N, source_N, slot_TK, offsets_E = sort_in_torch(experts_TK, kept_TK, num_experts)
     on_cpu = experts_TK.device.type == "cpu" and not torch.compiler.is_compiling()
     full = on_cpu and int(offsets_E[-1]) == choice_N.numel()

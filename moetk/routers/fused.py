@@ -16,6 +16,7 @@ from moetk.context import RouterContext
 from moetk.kernels.choose import MAX_EXPERTS, MAX_TOP_K
 from moetk.kernels.recipe import Recipe
 from moetk.kernels.route import route
+from moetk.memo import remembered
 from moetk.routers.linear import LinearRouter
 from moetk.routing import TokenChoice
 
@@ -53,26 +54,47 @@ def choose_fused(
 
 def why_not_fused(router: LinearRouter, ctx: RouterContext) -> str | None:
     """Why `choose_fused` cannot stand for this router in this call; None where it can."""
-    who = type(router).__name__
-    if not _has_recipe(type(router)):  # type: ignore[arg-type]
-        return f"{who} has no recipe of its forward"
     if ctx.replay is not None:
         return "a choice is replayed"
-    if router.weight.device.type != "cuda":
-        return f"device {router.weight.device.type}, needs cuda"
-    if router.num_experts > MAX_EXPERTS or router.top_k > MAX_TOP_K:
+    weight = router.weight
+    reason = _why_never(
+        type(router),
+        weight.device.type,
+        weight.dtype,
+        router.gemm_dtype,
+        router.score_dtype,
+        router.num_experts,
+        router.top_k,
+    )
+    if reason is None and torch.is_autocast_enabled("cuda"):
+        return "autocast changes the dtypes that the router declares"
+    return reason
+
+
+@remembered
+def _why_never(
+    cls: type,
+    device: str,
+    weight_dtype: torch.dtype,
+    gemm_dtype: torch.dtype | None,
+    score_dtype: torch.dtype | None,
+    num_experts: int,
+    top_k: int,
+) -> str | None:
+    """Of `why_not_fused`, what holds in every call."""
+    if not _has_recipe(cls):
+        return f"{cls.__name__} has no recipe of its forward"
+    if device != "cuda":
+        return f"device {device}, needs cuda"
+    if num_experts > MAX_EXPERTS or top_k > MAX_TOP_K:
         return (
-            f"num_experts={router.num_experts}, top_k={router.top_k}; "
-            f"needs at most {MAX_EXPERTS} and {MAX_TOP_K}"
+            f"num_experts={num_experts}, top_k={top_k}; needs at most {MAX_EXPERTS} and {MAX_TOP_K}"
         )
-    for name in ("gemm_dtype", "score_dtype"):
-        dtype = getattr(router, name)
+    for name, dtype in (("gemm_dtype", gemm_dtype), ("score_dtype", score_dtype)):
         if dtype is not None and dtype not in _DTYPES:
             return f"{name} {dtype}, needs float32, bfloat16 or float16"
-    if router.weight.dtype not in _DTYPES:
-        return f"weight {router.weight.dtype}, needs float32, bfloat16 or float16"
-    if torch.is_autocast_enabled("cuda"):
-        return "autocast changes the dtypes that the router declares"
+    if weight_dtype not in _DTYPES:
+        return f"weight {weight_dtype}, needs float32, bfloat16 or float16"
     return None
 
 

@@ -23,12 +23,13 @@ from moetk.kernels.gpu.choose import (
 from moetk.kernels.gpu.launch import Tiled, dense, divided, launch
 from moetk.kernels.gpu.select import columns_of, rounded, select
 from moetk.kernels.recipe import Recipe
-from moetk.kernels.sort_plan import Ranks
+from moetk.kernels.sort_plan import Ranks, SortPlan
 
 __all__ = ["choose_backward_on_gpu", "choose_on_gpu", "route_on_gpu"]
 
 _TILE = 16384  # logits of one program, at most: with eight warps 64 a thread
 _ROWS = (16, 32, 64, 128)
+_FEW = 64  # tokens of a single program, which then makes the plan too: a launch less
 _ENOUGH = 132  # programs; where fewer rows each would only read the weight more often
 _ROOM = 200 * 1024  # bytes of shared memory that the deeper reads take, at 128 columns
 _ALIGNED = 8  # numbers in 16 bytes, of which the copy engine's rows are multiples
@@ -45,8 +46,11 @@ def _route_kernel(
     logits_TE,
     experts_TK,
     weights_TK,
-    rank_TK,
+    slot_TK,
     counts_BE,
+    choice_N,
+    source_N,
+    offsets_E,
     num_tokens,
     eps,
     scale,
@@ -128,10 +132,19 @@ def _route_kernel(
     # diagonal, which 16 bits hold exactly.
     ones_RC = tl.where(chosen_RC, 1.0, 0.0)
     below_RR = tl.where(in_block_R[:, None] > in_block_R[None, :], 1.0, 0.0)
-    before_RC = tl.dot(below_RR.to(tl.float16), ones_RC.to(tl.float16)).to(tl.int8)
-    tl.store(rank_TK + place_RK, tl.gather(before_RC, columns_RK, 1).to(tl.int32), mask=stored_RK)
+    before_RC = tl.dot(below_RR.to(tl.float16), ones_RC.to(tl.float16)).to(tl.int32)
     count_C = tl.sum(tl.where(inside_R1, ones_RC, 0.0), 0).to(tl.int32)
-    tl.store(counts_BE + block.to(tl.int64) * E + expert_C, count_C, mask=real_C)
+    if counts_BE is not None:
+        slot_RK = tl.gather(before_RC.to(tl.int8), columns_RK, 1).to(tl.int32)
+        tl.store(counts_BE + block.to(tl.int64) * E + expert_C, count_C, mask=real_C)
+    else:  # one block: the ranks and counts are the plan
+        end_C = tl.cumsum(count_C, 0)
+        slot_RK = tl.gather(before_RC + (end_C - count_C)[None, :], columns_RK, 1)
+        tl.store(offsets_E + expert_C, end_C, mask=real_C)
+        tl.store(choice_N + slot_RK, place_RK.to(tl.int32), mask=stored_RK)
+        token_RK = tl.broadcast_to(in_block_R[:, None], (R, K))
+        tl.store(source_N + slot_RK, token_RK, mask=stored_RK)
+    tl.store(slot_TK + place_RK, slot_RK, mask=stored_RK)
 
 
 def route_on_gpu(
@@ -143,8 +156,9 @@ def route_on_gpu(
     recipe: Recipe,
     dtype: torch.dtype,
     weight_dtype: torch.dtype | None,
-) -> tuple[Tensor, Tensor, Tensor, Ranks]:
-    """weights_TK, experts_TK, logits_TE of `dtype`, and the ranks of the choices.
+) -> tuple[Tensor, Tensor, Tensor, Ranks | SortPlan]:
+    """weights_TK, experts_TK, logits_TE of `dtype`, and the ranks of the choices, or their plan
+    where they are few.
 
     Raises RouterConfigError past 32 choices.
     """
@@ -155,17 +169,24 @@ def route_on_gpu(
     score_dtype, gemm, constants, (groups, members, choices) = constants_of(
         dtype, num_experts, top_k, recipe, choice_bias_dtype
     )
-    columns = groups * members
-    rows = _rows(num_tokens, columns)
-    num_blocks = divided(num_tokens, rows)
     logits_TE = x_TH.new_empty(
         (num_tokens, num_experts), dtype=score_dtype if recipe.score == "identity" else dtype
     )
     experts_TK = x_TH.new_empty((num_tokens, top_k), dtype=torch.int64)
     weights_TK = x_TH.new_empty((num_tokens, top_k), dtype=weight_dtype or score_dtype)
-    rank_TK = x_TH.new_empty((num_tokens, top_k), dtype=torch.int32)
-    counts_BE = x_TH.new_empty((num_blocks, num_experts), dtype=torch.int32)
-    ranks = Ranks(rank_TK, counts_BE, rows, num_experts)
+    slot_TK = x_TH.new_empty((num_tokens, top_k), dtype=torch.int32)
+    columns = groups * members
+    rows = _rows(num_tokens, columns)
+    num_blocks = divided(num_tokens, rows)
+    made: Ranks | SortPlan
+    written: tuple[Tensor | None, ...]
+    if num_blocks == 1:
+        made = plan = _empty_plan(slot_TK, num_experts)
+        written = (slot_TK, None, plan.choice_N, plan.source_N, plan.offsets_E)
+    else:
+        counts_BE = x_TH.new_empty((num_blocks, num_experts), dtype=torch.int32)
+        made = Ranks(slot_TK, counts_BE, rows)
+        written = (slot_TK, counts_BE, None, None, None)
     if num_tokens:
         x_TH, weight_EH = dense(x_TH), dense(weight_EH)
         step, stages, warps = _reads(rows, columns, x_TH.device)
@@ -183,8 +204,7 @@ def route_on_gpu(
                 logits_TE,
                 experts_TK,
                 weights_TK,
-                rank_TK,
-                counts_BE,
+                *written,
                 num_tokens,
                 recipe.eps,
                 recipe.scale,
@@ -193,13 +213,20 @@ def route_on_gpu(
             warps=warps,
             stages=stages,
         )
-    return weights_TK, experts_TK, logits_TE, ranks
+    return weights_TK, experts_TK, logits_TE, made
+
+
+def _empty_plan(slot_TK: Tensor, num_experts: int) -> SortPlan:
+    choice_N, source_N = slot_TK.new_empty(slot_TK.numel()), slot_TK.new_empty(slot_TK.numel())
+    return SortPlan(choice_N, source_N, slot_TK, slot_TK.new_empty(num_experts))
 
 
 def _rows(num_tokens: int, columns: int) -> int:
-    """Of one program: as few as keep the device busy, as many as registers hold."""
+    """Of one program: all, where they are few; else as few as keep the device busy, and as many as
+    registers hold."""
     most = max(_ROWS[0], min(_ROWS[-1], _TILE // columns))
-    return next((rows for rows in _ROWS if num_tokens <= rows * _ENOUGH and rows <= most), most)
+    programs = 1 if num_tokens <= _FEW else _ENOUGH
+    return next((rows for rows in _ROWS if num_tokens <= rows * programs and rows <= most), most)
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""Writes the README's tables of one H200 from scripts/results/{layer,step}.csv.
+"""Writes the README's tables of one H200 from scripts/results/{layer,step,generate}.csv.
 
     python scripts/readme_h200.py [--check]
 
@@ -13,7 +13,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from moetk.bench.report import BOTH, PEAK, SAVED, STEP, STEP_PEAK
+from moetk.bench.report import BOTH, GENERATE, PEAK, SAVED, STEP, STEP_PEAK
 
 ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- scripts/readme_h200.py -->", "<!-- end of the H200's tables -->"
@@ -33,6 +33,10 @@ STEPS = (
     ("8 layers, 4 x 4,096 tokens", "layers=8 batch=4 length=4096"),
     ("12 layers, 4 x 4,096", "layers=12 batch=4 length=4096"),
     ("8 layers, 1 x 4,096", "layers=8 batch=1 length=4096"),
+)
+GENERATIONS = (
+    ("1 prompt of 128 tokens", "layers=8 batch=1 length=128"),
+    ("32 prompts of 128", "layers=8 batch=32 length=128"),
 )
 
 
@@ -84,17 +88,33 @@ def step_lines(rows: Rows) -> Iterator[str]:
         yield f"| {words} | {' | '.join(cells)} |"
 
 
+def generate_lines(rows: Rows) -> Iterator[str]:
+    yield "| generate(), a token, 8 layers | Transformers | `replace_moe` | and `speed_up` |"
+    yield "|---|---|---|---|"
+    for words, shape in GENERATIONS:
+        mine = [row for row in rows if row["shape"].startswith(f"{shape} ")]
+        cells = [f"{value(mine, GENERATE, 'v5'):.1f} ms"]
+        for who in ("moetk", "moetk-step"):
+            ratio = value(mine, f"{GENERATE} ratio", who)
+            cells.append(f"{value(mine, GENERATE, who):.1f} ms, ratio {ratio:.2f}")
+        yield f"| {words} | {' | '.join(cells)} |"
+
+
 def tables() -> str:
-    layers, steps = read("layer.csv"), read("step.csv")
+    layers, steps, tokens = read("layer.csv"), read("step.csv"), read("generate.csv")
     row = layers[0]
+    commits = ", ".join(sorted({row["commit"] for row in (*layers, *steps, *tokens)}))
     return "\n".join(
         [
             *layer_lines(layers),
             "",
             *step_lines(steps),
             "",
-            f"One {row['gpu']}, bf16; {row['versions'].partition(', liger')[0]}, at commit "
-            f"{row['commit']}; medians, the contenders in turn. Saved: what the graph keeps; peak: "
+            *generate_lines(tokens),
+            "",
+            f"One {row['gpu']}, bf16; {row['versions'].partition(', liger')[0]}; at the commits "
+            f"{commits}, each row at the one it names; medians, the contenders in turn, the ratio "
+            "that of a round's times. Saved: what the graph keeps; peak: "
             "over parameters and gradients for a layer, in all for a step. moetk's layers add to "
             "gradients in place; its step has `speed_up` and `moetk.train.AdamW`.",
         ]

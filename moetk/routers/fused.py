@@ -1,4 +1,4 @@
-"""A catalogue router as a few launches: its logits, then what its recipe makes of them.
+"""A catalogue router as a launch or two: its logits, and what its recipe makes of them.
 
 A router that can be run so has a method `recipe()`, which says what its forward does after the
 logits. It says so for that forward alone: a subclass with another forward is not run fused.
@@ -29,7 +29,8 @@ def choose_fused(
     ctx: RouterContext,
     weight_dtype: torch.dtype | None = None,
 ) -> TokenChoice:
-    """The router's forward in two ops, for a router and context of which `why_not_fused` says None.
+    """The router's forward by `moetk.kernels.route`, for a router and context of which
+    `why_not_fused` says None.
 
     The routing carries logits_TE; scores_TE and choice_TE exist only inside the op and are None.
     weight_dtype: what weights_TK are rounded to; None = as the router computes them.

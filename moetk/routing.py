@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 import torch
 from torch import Tensor
@@ -49,6 +49,11 @@ class TokenChoice:
     choice_TE: Tensor | None = None
     kept_TK: Tensor | None = None
     extras: Mapping[str, Tensor] = field(default_factory=dict)
+
+    # What a fused router knows of the plan of this very choice (`moetk.kernels.sort_plan.Known`).
+    # No field: whatever makes another routing of this one (replace, a pytree) leaves it out. Ids
+    # that are written to are planned anew, unless torch does not see it (.data, a collective).
+    known: ClassVar[Any] = None
 
 
 @dataclass(frozen=True, eq=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,16 @@ def test_a_baseline_that_raises_leaves_no_ratio() -> None:
     rows = generate_rows(results, "words", 2)
     assert results[1].same is None and not any(row.what == "generate ratio" for row in rows)
     assert "v5: RuntimeError: gone" in printed(generate_table(results, "words", 2))
+
+
+def test_without_any_model_the_reasons_are_told() -> None:
+    def raises(model: Any) -> None:
+        raise RuntimeError("gone")
+
+    settings = {"new_tokens": 2, "rounds": 1, "dtype": torch.float32}
+    shape = replace(SHAPE, changes={**SHAPE.changes, "num_attention_heads": 0})
+    (result,) = measure_generate(shape, [StepContender("v5", raises)], METER, **settings)
+    assert result.error is not None and not result.times
 
 
 def test_the_command(bench: Any, tmp_path: Path) -> None:

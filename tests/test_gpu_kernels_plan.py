@@ -12,6 +12,7 @@ from dataclasses import astuple
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from moetk.equivalence.judge import floor
 from moetk.errors import MoeDtypeError, RouterConfigError
@@ -106,7 +107,7 @@ def one_node(recipe: Recipe) -> None:
             patch.setattr(room, "direct", lambda tensor: True)
             got = room.route(*given)
         assert torch.equal(got[0], want[0]) and not got[0].requires_grad
-        for name, mine, true in zip(("weights", "logits"), got[1:], want[1:], strict=True):
+        for name, mine, true in zip(("weights", "logits"), got[1:3], want[1:3], strict=True):
             agree(mine, true, 12, name)
         for which in ([1], [2], [1, 2]):
             arriving = [None, dweights_TK, dlogits_TE]
@@ -144,10 +145,48 @@ def one_node_that_casts() -> None:
         dweights_TK = normal(3, 7, 4).to(want[1].dtype)
         leaves = [x_TH, weight_EH, bias_E]
         grads = [torch.autograd.grad(each[1], leaves, dweights_TK) for each in (got, want)]
-        pairs = zip((*got[1:], *grads[0]), (*want[1:], *grads[1]), strict=True)
+        pairs = zip((*got[1:3], *grads[0]), (*want[1:3], *grads[1]), strict=True)
         for mine, true in pairs:
             assert mine.dtype == true.dtype
             torch.testing.assert_close(mine, true, rtol=2e-3, atol=2e-3)
+
+
+def one_kernel_in_one_node() -> None:
+    """The node around the kernel: as the two ops, recomputed by a checkpoint, without gradients."""
+    from moetk.kernels import route as room
+
+    half, recipe = torch.float16, RECIPES["sigmoid"]
+    leaves = [
+        normal(seed, *shape).to(half).requires_grad_()
+        for seed, shape in enumerate(((7, 8), (12, 8), (12,)))
+    ]
+    given = (*leaves, normal(5, 12), 4, recipe, torch.float32, torch.float32)
+    dweights_TK = normal(3, 7, 4)
+    want = room.route(*given)
+    true = torch.autograd.grad(want.weights_TK, leaves, dweights_TK)
+
+    def routed(*tensors: Tensor) -> Tensor:
+        return room.route(*tensors, *given[3:]).weights_TK
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(room, "direct", lambda tensor: True)
+        got = room.route(*given)
+        assert torch.equal(got.experts_TK, want.experts_TK)
+        assert got.known is not None and got.known.of(got.experts_TK, None, 12)
+        outputs = [got.weights_TK]
+        for reentrant in (False, True):
+            outputs.append(checkpoint(routed, *leaves, use_reentrant=reentrant))
+        with torch.no_grad():
+            alone = room.route(*given)
+        assert torch.equal(alone.weights_TK, got.weights_TK) and not alone.weights_TK.requires_grad
+        assert alone.known is not None
+        for weights_TK in outputs:
+            torch.testing.assert_close(weights_TK, want.weights_TK, rtol=2e-3, atol=2e-3)
+            for leaf in leaves:
+                leaf.grad = None
+            weights_TK.backward(dweights_TK)
+            for leaf, grad in zip(leaves, true, strict=True):
+                torch.testing.assert_close(leaf.grad, grad, rtol=1e-2, atol=1e-2)
 
 
 def one_kernel(recipe: Recipe) -> None:
@@ -306,6 +345,7 @@ CASES: dict[str, Callable[[], None]] = {
     **{f"route: {name}": (lambda r=r: one_node(r)) for name, r in RECIPES.items()},
     **{f"one kernel: {name}": (lambda r=r: one_kernel(r)) for name, r in RECIPES.items()},
     "route: casts": one_node_that_casts,
+    "one kernel: one node": one_kernel_in_one_node,
     "choose: exact": exact_choice,
     "choose: rounded weights": rounded_weights,
     "choose: float16": half_scores,

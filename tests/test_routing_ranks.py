@@ -1,18 +1,22 @@
-"""What a router's kernel counted is used for the plan of that choice alone, and once; and the op of
+"""What a router's kernel knows of the plan is used for the plan of that choice alone; and the op of
 that kernel is an op."""
 
 from __future__ import annotations
 
-import gc
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils import _pytree
 
+from moetk.errors import MoeShapeError
 from moetk.kernels import sort_plan as room
 from moetk.kernels.recipe import Recipe
 from moetk.kernels.route import in_one_kernel, route
-from moetk.kernels.sort_plan import Ranks, remember
+from moetk.kernels.sort_plan import Ranks, known_of
+from moetk.routing import TokenChoice
 
 NONE = torch.zeros(0, dtype=torch.int32)
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -22,75 +26,100 @@ def ids() -> Tensor:
     return torch.tensor([[0, 2], [1, 0]])
 
 
-def remembered(experts_TK: Tensor, blocks: int = 1) -> Ranks:
-    ranks = Ranks(NONE, torch.zeros(blocks, 3, dtype=torch.int32), 16)
-    remember(experts_TK, ranks)
-    return ranks
+def ranks(blocks: int = 1) -> Ranks:
+    return Ranks(NONE, torch.zeros(blocks, 3, dtype=torch.int32), 16)
 
 
-def test_the_choice_that_was_ranked_has_them_once() -> None:
+def test_the_choice_that_was_ranked_is_planned_by_it() -> None:
     experts_TK = ids()
-    ranks = remembered(experts_TK)
-    assert room._recall(experts_TK, None, 3) is ranks
-    assert room._recall(experts_TK, None, 3) is None
+    known = known_of(experts_TK, ranks())
+    assert known is not None and known.of(experts_TK, None, 3)
 
 
-def test_no_other_choice_has_them() -> None:
+@pytest.mark.parametrize("change", ["written to", "dropped", "another bank's", "elsewhere"])
+def test_another_choice_is_sorted_anew(change: str, monkeypatch: pytest.MonkeyPatch) -> None:
     experts_TK = ids()
-    ranks = remembered(experts_TK)
-    assert room._recall(experts_TK.clone(), None, 3) is None
-    assert room._recall(experts_TK.view(2, 2), None, 3) is None
-    assert room._recall(experts_TK, None, 3) is ranks
-    for change in ("written to", "dropped", "another bank's"):
-        remembered(experts_TK)
-        kept_TK = torch.ones(2, 2, dtype=torch.bool) if change == "dropped" else None
-        if change == "written to":
-            experts_TK.add_(0)
-        assert room._recall(experts_TK, kept_TK, 4 if "bank" in change else 3) is None, change
+    known = known_of(experts_TK, ranks())
+    assert known is not None
+    kept_TK = torch.ones(2, 2, dtype=torch.bool) if change == "dropped" else None
+    if change == "written to":
+        experts_TK.add_(0)
+    if change == "elsewhere":  # another stream, or a capture that did not make the choice
+        monkeypatch.setattr(room, "_place", lambda tensor: (7, True))
+    assert not known.of(experts_TK, kept_TK, 4 if "bank" in change else 3)
 
 
-def test_only_the_last_choice_is_remembered_and_not_kept_alive() -> None:
-    first_TK, second_TK = ids(), ids()
-    remembered(first_TK)
-    ranks = remembered(second_TK)
-    assert room._recall(first_TK, None, 3) is None
-    assert room._recall(second_TK, None, 3) is ranks
-    remembered(second_TK)
-    del second_TK
-    gc.collect()
-    assert room._recall(ids(), None, 3) is None
-
-
-def test_what_cannot_be_checked_or_counted_cheaply_is_not_remembered() -> None:
+def test_what_cannot_be_checked_or_counted_cheaply_is_not_known() -> None:
     with torch.inference_mode():
-        experts_TK = ids()
-        remembered(experts_TK)
-        assert room._recall(experts_TK, None, 3) is None
-    experts_TK = ids()
-    remembered(experts_TK, blocks=5000)
-    assert room._recall(experts_TK, None, 3) is None
+        assert known_of(ids(), ranks()) is None
+    assert known_of(ids(), ranks(blocks=5000)) is None
+
+
+def test_another_routing_made_of_this_one_knows_nothing() -> None:
+    routing = TokenChoice(ids(), torch.rand(2, 2), 3)
+    assert routing.known is None
+    object.__setattr__(routing, "known", known_of(routing.experts_TK, ranks()))
+    assert routing.known is not None
+    assert replace(routing, num_experts=3).known is None
+    assert _pytree.tree_map(lambda leaf: leaf, routing).known is None
+
+
+SOFTMAX = Recipe("softmax", renormalise=True, score_dtype=FP32)
+GROUPS = Recipe("sigmoid", groups=4, top_groups=2, renormalise=True, eps=1e-20, scale=2.5)
+ODD = Recipe("sigmoid", groups=3, top_groups=2)
 
 
 @pytest.mark.parametrize(
-    ("dtypes", "experts", "fits"),
+    ("dtypes", "experts", "recipe", "fits"),
     [
-        ((BF16, BF16, BF16), 128, True),
-        ((FP16, FP16, FP32), 6, True),
-        ((BF16, BF16, FP16), 6, False),
-        ((FP32, FP32, FP32), 6, False),
-        ((BF16, FP32, FP32), 6, False),
-        ((BF16, BF16, BF16), 129, False),
+        ((BF16, BF16, BF16), 128, SOFTMAX, True),
+        ((FP16, FP16, FP32), 6, SOFTMAX, True),
+        ((BF16, BF16, BF16), 128, GROUPS, True),
+        ((BF16, BF16, BF16), 120, ODD, False),  # 3 groups of 40 take 4 of 64 columns
+        ((BF16, BF16, FP16), 6, SOFTMAX, False),
+        ((FP32, FP32, FP32), 6, SOFTMAX, False),
+        ((BF16, FP32, FP32), 6, SOFTMAX, False),
+        ((BF16, BF16, BF16), 129, SOFTMAX, False),
     ],
 )
-def test_whom_the_kernel_takes(dtypes: tuple[torch.dtype, ...], experts: int, fits: bool) -> None:
+def test_whom_the_kernel_takes(
+    dtypes: tuple[torch.dtype, ...], experts: int, recipe: Recipe, fits: bool
+) -> None:
     x_TH, weight_EH = torch.zeros(2, 8, dtype=dtypes[0]), torch.zeros(experts, 8, dtype=dtypes[1])
-    assert in_one_kernel(x_TH, weight_EH, dtypes[2]) == fits
+    assert in_one_kernel(x_TH, weight_EH, dtypes[2], recipe) == fits
+
+
+def test_the_kernel_takes_no_subclass_of_a_tensor() -> None:
+    class Sharded(torch.Tensor):
+        pass
+
+    weight_EH = torch.zeros(4, 8, dtype=BF16)
+    x_TH = torch.zeros(2, 8, dtype=BF16)
+    assert in_one_kernel(x_TH, torch.nn.Parameter(weight_EH), BF16, SOFTMAX)
+    assert not in_one_kernel(x_TH, weight_EH.as_subclass(Sharded), BF16, SOFTMAX)
+
+
+@pytest.mark.parametrize("which", ["bias_E", "choice_bias_E"])
+@pytest.mark.parametrize("shape", [(1,), (3,), (4, 1)])
+def test_a_bias_of_another_shape_is_named(which: str, shape: tuple[int, ...]) -> None:
+    biases = {"bias_E": None, "choice_bias_E": None, which: torch.zeros(shape)}
+    with pytest.raises(MoeShapeError, match=rf"{which} is \({shape[0]},.*expected \(E=4,\)"):
+        route(torch.zeros(2, 8), torch.zeros(4, 8), *biases.values(), 2, SOFTMAX)
+
+
+def test_symbolic_sizes_are_traced() -> None:
+    def routed(x_TH: Tensor, weight_EH: Tensor) -> Tensor:
+        return route(x_TH, weight_EH, None, None, 2, SOFTMAX).weights_TK
+
+    given = torch.randn(5, 8), torch.randn(4, 8)
+    traced = make_fx(routed, tracing_mode="symbolic")(*given)
+    torch.testing.assert_close(traced(*given), routed(*given))
 
 
 RECIPES = {
-    "softmax": Recipe("softmax", renormalise=True, score_dtype=FP32),
+    "softmax": SOFTMAX,
     "logits": Recipe("identity", over_chosen=True, score_dtype=FP32),
-    "groups": Recipe("sigmoid", groups=4, top_groups=2, renormalise=True, eps=1e-20, scale=2.5),
+    "groups": GROUPS,
 }
 
 
@@ -111,17 +140,16 @@ def test_the_operator_is_the_product_and_the_choice(
     settings = (4, dtype, BF16)
     weights_TK, experts_TK, logits_TE = operator(*given, *settings, *recipe)
     want = route(*given, 4, recipe, dtype, BF16)
-    assert torch.equal(experts_TK, want[0]) and not experts_TK.requires_grad
-    torch.testing.assert_close(weights_TK, want[1], rtol=2e-2, atol=1e-3)
-    torch.testing.assert_close(logits_TE, want[2], rtol=2e-2, atol=1e-3)
-    arriving = [torch.randn(*t.shape, generator=generator).to(t.dtype) for t in want[1:]]
-    for outputs, wanted, of in (
-        ([weights_TK], [want[1]], arriving[:1]),
-        ([logits_TE], [want[2]], arriving[1:]),
-        ([weights_TK, logits_TE], list(want[1:]), arriving),
-    ):
-        mine = torch.autograd.grad(outputs, leaves, of, retain_graph=True)
-        true = torch.autograd.grad(wanted, leaves, of, retain_graph=True)
-        for left, right in zip(mine, true, strict=True):
+    assert torch.equal(experts_TK, want.experts_TK) and not experts_TK.requires_grad
+    torch.testing.assert_close(weights_TK, want.weights_TK, rtol=2e-2, atol=1e-3)
+    torch.testing.assert_close(logits_TE, want.logits_TE, rtol=2e-2, atol=1e-3)
+    true = [want.weights_TK, want.logits_TE]
+    arriving = [torch.randn(*t.shape, generator=generator).to(t.dtype) for t in true]
+    for some in (slice(0, 1), slice(1, 2), slice(0, 2)):
+        mine = torch.autograd.grad(
+            [weights_TK, logits_TE][some], leaves, arriving[some], retain_graph=True
+        )
+        theirs = torch.autograd.grad(true[some], leaves, arriving[some], retain_graph=True)
+        for left, right in zip(mine, theirs, strict=True):
             torch.testing.assert_close(left, right, rtol=3e-2, atol=3e-2)
     torch.library.opcheck(operator, (*given, *settings, *recipe))

@@ -48,7 +48,7 @@ def measure_generate(
     """
     load_libraries(contenders)
     shape = replace(shape, changes={**shape.changes, "use_cache": True})
-    runs = [_Run(contender.name) for contender in contenders]
+    runs, model = [_Run(contender.name) for contender in contenders], None
     for run, contender in zip(runs, contenders, strict=True):
         try:
             model = stock_causal_model(shape, meter, dtype, seed).eval()

@@ -41,7 +41,7 @@ def fused(spec: BankSpec, weights: BankWeights, x_TH: Tensor, routing: Routing) 
     form = _form_or_reason(spec, dtype)
     if isinstance(form, str):
         raise BackendError(f'backend="fused": {form}. Use backend="auto" or "grouped".')
-    plan = sort_plan(routing.experts_TK, routing.kept_TK, spec.num_experts)
+    plan = sort_plan(routing.experts_TK, routing.kept_TK, spec.num_experts, routing.known)
     # Asked before it is cast: on the host a cast to the same costs as much as a launch.
     same = x_TH.dtype == dtype
     y_TH = experts_mlp(

@@ -35,7 +35,7 @@ def grouped(spec: BankSpec, weights: BankWeights, x_TH: Tensor, routing: Routing
 def _token_choice(
     spec: BankSpec, weights: BankWeights, x_TH: Tensor, routing: TokenChoice
 ) -> Tensor:
-    plan = sort_plan(routing.experts_TK, routing.kept_TK, spec.num_experts)
+    plan = sort_plan(routing.experts_TK, routing.kept_TK, spec.num_experts, routing.known)
     x_in = x_TH.to(weights.dtype)
     hidden_NJ = _GatherUp.apply(
         x_in,

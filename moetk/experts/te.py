@@ -72,7 +72,7 @@ def te(spec: BankSpec, weights: BankWeights, x_TH: Tensor, routing: Routing) -> 
         check_adds(x_in, weights.up, weights.down)
     form = form_of(spec)
     assert form is not None
-    plan = sort_plan(routing.experts_TK, routing.kept_TK, spec.num_experts)
+    plan = sort_plan(routing.experts_TK, routing.kept_TK, spec.num_experts, routing.known)
     rows = expert_rows(plan, numbers.align)
     y_TH = te_mlp(*tensors, rows, form, numbers, add_to_grad=weights.add_to_grad)
     return y_TH.to(x_TH.dtype)

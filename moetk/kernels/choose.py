@@ -57,28 +57,16 @@ def choose_in_torch(
     logits_TE: Tensor, bias_E: Tensor | None, top_k: int, recipe: Recipe
 ) -> tuple[Tensor, Tensor]:
     """What `choose` computes: experts_TK, and weights_TK in the score dtype."""
-    scores_TE, choice_TE = _scores_and_choice(logits_TE, bias_E, recipe)
+    scores_TE = _scores(logits_TE.to(recipe.score_dtype or logits_TE.dtype), recipe.score)
+    choice_TE = scores_TE if bias_E is None else scores_TE + bias_E
+    if recipe.limited:
+        choice_TE = in_best_groups(choice_TE, recipe.groups, recipe.top_groups)
     experts_TK = largest(choice_TE, top_k)
     weigh = softmax_over if recipe.over_chosen else gather
     weights_TK = weigh(scores_TE, experts_TK)
     if recipe.renormalise:
         weights_TK = normalise(weights_TK, recipe.eps)
     return experts_TK, weights_TK * recipe.scale
-
-
-def choice_in_torch(logits_TE: Tensor, bias_E: Tensor | None, recipe: Recipe) -> Tensor:
-    """(T, E): what the best are chosen by."""
-    return _scores_and_choice(logits_TE, bias_E, recipe)[1]
-
-
-def _scores_and_choice(
-    logits_TE: Tensor, bias_E: Tensor | None, recipe: Recipe
-) -> tuple[Tensor, Tensor]:
-    scores_TE = _scores(logits_TE.to(recipe.score_dtype or logits_TE.dtype), recipe.score)
-    choice_TE = scores_TE if bias_E is None else scores_TE + bias_E
-    if recipe.limited:
-        choice_TE = in_best_groups(choice_TE, recipe.groups, recipe.top_groups)
-    return scores_TE, choice_TE
 
 
 def choose_backward_in_torch(

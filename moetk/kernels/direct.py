@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 
 def direct(tensor: Tensor) -> bool:
@@ -18,12 +19,13 @@ def direct(tensor: Tensor) -> bool:
     return (
         tensor.is_cuda
         and not torch.compiler.is_compiling()
-        and type(tensor) in _PLAIN
+        and type(tensor) in PLAIN
         and torch._C._len_torch_dispatch_stack() == 0
+        and forward_ad._current_level < 0
     )
 
 
-_PLAIN = (Tensor, torch.nn.Parameter)
+PLAIN = (Tensor, torch.nn.Parameter)
 _STAY = nullcontext()
 
 

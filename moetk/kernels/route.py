@@ -11,13 +11,14 @@ Letters: T tokens, H hidden, E experts, K choices a token.
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from moetk.errors import MoeShapeError
 from moetk.kernels.choose import choose, choose_backward, choose_in_torch
-from moetk.kernels.direct import direct, on_device_of
+from moetk.kernels.direct import PLAIN, direct, on_device_of
 from moetk.kernels.first_order import refuse_second_order
 from moetk.kernels.recipe import FIELDS, Recipe, check_recipe
 from moetk.kernels.router_logits import (
@@ -27,9 +28,20 @@ from moetk.kernels.router_logits import (
     router_logits,
     router_logits_backward,
 )
-from moetk.kernels.sort_plan import remember
+from moetk.kernels.sort_plan import Known, known_of
+from moetk.memo import remembered
 
 MOST_EXPERTS = 128  # the columns of a tile, which the kernel keeps in registers
+
+
+class Routed(NamedTuple):
+    """experts_TK and weights_TK as in `choose`, logits_TE as in `router_logits`; where the recipe's
+    scores are the logits themselves, these are in the score dtype. known: for `sort_plan`."""
+
+    experts_TK: Tensor
+    weights_TK: Tensor
+    logits_TE: Tensor
+    known: Known | None = None
 
 
 def route(
@@ -41,44 +53,53 @@ def route(
     recipe: Recipe,
     gemm_dtype: torch.dtype | None = None,
     weight_dtype: torch.dtype | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """experts_TK and weights_TK as in `choose`, and logits_TE as in `router_logits`; where the
-    recipe's scores are the logits themselves, these are in the score dtype.
+) -> Routed:
+    """x_TH (T, H), weight_EH (E, H); bias_E is added to the logits, choice_bias_E as in `choose`.
 
-    The gradient of the logits counts too: of a loss that reads them. Raises as these two.
+    The gradient of the logits counts too: of a loss that reads them. Raises as `router_logits` and
+    `choose`, and MoeShapeError for a bias that is not (E,).
     """
-    check_width(x_TH, weight_EH)
-    _checked(recipe, weight_EH.shape[0], top_k)
+    for name, bias in (("bias_E", bias_E), ("choice_bias_E", choice_bias_E)):
+        if bias is not None and bias.shape != weight_EH.shape[:1]:
+            raise MoeShapeError(
+                f"route: {name} is {tuple(bias.shape)}, expected (E={weight_EH.shape[0]},)."
+            )
     tensors = (x_TH, weight_EH, bias_E, choice_bias_E)
     settings = (top_k, gemm_dtype or x_TH.dtype, weight_dtype)
     if direct(x_TH):
-        # A node costs the host 10 us, which counts where text is generated.
-        if torch.is_grad_enabled():
-            weights_TK, experts_TK, logits_TE = _Direct.apply(*tensors, settings, recipe)
-        else:
-            weights_TK, experts_TK, logits_TE = _forward(*tensors, *settings, recipe)
-    elif x_TH.is_cuda and in_one_kernel(x_TH, weight_EH, settings[1]):
+        check_width(x_TH, weight_EH)
+        _check_recipe(recipe, weight_EH.shape[0], top_k)
+        if not torch.is_grad_enabled():  # a node of the graph costs the host what a launch costs
+            return _forward(*tensors, *settings, recipe)
+        told: list[Known | None] = []
+        outputs = _Direct.apply(*tensors, settings, recipe, told)
+        return Routed(*outputs, *told)
+    if x_TH.is_cuda and in_one_kernel(x_TH, weight_EH, settings[1], recipe):
+        check_width(x_TH, weight_EH)
+        check_recipe(recipe, weight_EH.shape[0], top_k)
         weights_TK, experts_TK, logits_TE = _route(*tensors, *settings, *recipe)
-    else:
-        logits_TE = router_logits(x_TH, weight_EH, bias_E, gemm_dtype)
-        if recipe.score == "identity":
-            logits_TE = logits_TE.to(recipe.score_dtype or logits_TE.dtype)
-        experts_TK, weights_TK = choose(logits_TE, choice_bias_E, top_k, recipe, weight_dtype)
-    return experts_TK, weights_TK, logits_TE
+        return Routed(experts_TK, weights_TK, logits_TE)
+    logits_TE = router_logits(x_TH, weight_EH, bias_E, gemm_dtype)
+    if recipe.score == "identity":
+        logits_TE = logits_TE.to(recipe.score_dtype or logits_TE.dtype)
+    return Routed(*choose(logits_TE, choice_bias_E, top_k, recipe, weight_dtype), logits_TE)
 
 
-_checked = functools.cache(check_recipe)
+_check_recipe = remembered(check_recipe)
 
 
-def in_one_kernel(x_TH: Tensor, weight_EH: Tensor, dtype: torch.dtype) -> bool:
+def in_one_kernel(x_TH: Tensor, weight_EH: Tensor, dtype: torch.dtype, recipe: Recipe) -> bool:
     """Whether the kernel computes logits of this dtype: products of 16-bit operands, which are
-    exact in fp32, in which they are added up."""
-    narrow = x_TH.dtype
+    exact in fp32, in which they are added up; of as many columns as there are experts, which groups
+    of another size than a power of two do not leave them."""
+    narrow, num_experts = x_TH.dtype, weight_EH.shape[0]
     return (
         (narrow is torch.bfloat16 or narrow is torch.float16)
         and weight_EH.dtype is narrow
+        and type(weight_EH) in PLAIN
         and (dtype is narrow or dtype is torch.float32)
-        and weight_EH.shape[0] <= MOST_EXPERTS
+        and num_experts <= MOST_EXPERTS
+        and not (recipe.limited and (num_experts & (num_experts - 1)))
     )
 
 
@@ -89,10 +110,18 @@ def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 @functools.cache
 def _gpu() -> Any:
-    """The kernels' module; it imports Triton."""
+    """The kernel's module; it imports Triton."""
     from moetk.kernels.gpu import route
 
     return route
+
+
+@functools.cache
+def _gpu_choice() -> Any:
+    """The module of the choice by itself; it imports Triton."""
+    from moetk.kernels.gpu import choose
+
+    return choose
 
 
 def _forward(
@@ -104,16 +133,14 @@ def _forward(
     dtype: torch.dtype,
     weight_dtype: torch.dtype | None,
     recipe: Recipe,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The kernels, called as they are. What they know of the choice's plan is
-    remembered for who asks for it."""
+) -> Routed:
+    """The kernels, called as they are."""
     with on_device_of(x_TH):
-        if in_one_kernel(x_TH, weight_EH, dtype):
+        if in_one_kernel(x_TH, weight_EH, dtype, recipe):
             weights_TK, experts_TK, logits_TE, made = _gpu().route_on_gpu(
                 x_TH, weight_EH, bias_E, choice_bias_E, top_k, recipe, dtype, weight_dtype
             )
-            remember(experts_TK, made)
-            return weights_TK, experts_TK, logits_TE
+            return Routed(experts_TK, weights_TK, logits_TE, known_of(experts_TK, made))
         if _widens(x_TH, weight_EH, dtype):
             logits_TE = product_in_fp32(x_TH, weight_EH)
             logits_TE = logits_TE if bias_E is None else logits_TE + bias_E
@@ -124,10 +151,10 @@ def _forward(
             logits_TE = torch.addmm(*operands)
         if recipe.score == "identity" and recipe.score_dtype is not None:
             logits_TE = _cast(logits_TE, recipe.score_dtype)
-        experts_TK, weights_TK = _gpu().choose_on_gpu(
+        experts_TK, weights_TK = _gpu_choice().choose_on_gpu(
             logits_TE, choice_bias_E, top_k, recipe, weight_dtype
         )
-        return weights_TK, experts_TK, logits_TE
+        return Routed(experts_TK, weights_TK, logits_TE)
 
 
 def _widens(x_TH: Tensor, weight_EH: Tensor, dtype: torch.dtype) -> bool:
@@ -137,17 +164,19 @@ def _widens(x_TH: Tensor, weight_EH: Tensor, dtype: torch.dtype) -> bool:
 
 def _backward(
     ctx: Any,
+    saved: tuple[Tensor, Tensor, Tensor, Tensor],
     dweights_TK: Tensor | None,
     dlogits_TE: Tensor | None,
     through_choice: Any,
     in_summands: Any,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """The gradients of x, weight and bias. through_choice, in_summands: `choose_backward` and
-    `router_logits_backward`, as operators or as what these call."""
+    """The gradients of x, weight and bias. saved: what `_keep` kept, which may be unpacked once.
+    through_choice, in_summands: `choose_backward` and `router_logits_backward`, as operators or as
+    what these call."""
     refuse_second_order(
         "the fused router", 'backend="reference", whose routers torch differentiates twice'
     )
-    x_TH, weight_EH, logits_TE, experts_TK = ctx.saved_tensors
+    x_TH, weight_EH, logits_TE, experts_TK = saved
     wants_x, wants_weight, wants_bias = ctx.needs_input_grad[:3]
     dx_TH = dweight_EH = dbias_E = None
     if dweights_TK is not None:
@@ -170,17 +199,19 @@ def _backward(
     return dx_TH if wants_x else None, dweight_EH if wants_weight else None, dbias_E
 
 
-def _keep(ctx: Any, tensors: Any, dtype: torch.dtype, recipe: Recipe, output: Any) -> None:
+def _keep(
+    ctx: Any, tensors: Any, dtype: torch.dtype, recipe: Recipe, experts: Tensor, logits: Tensor
+) -> None:
     """What backward reads."""
-    (x_TH, weight_EH, bias_E, _), (_, experts_TK, logits_TE) = tensors, output
+    x_TH, weight_EH, bias_E, _ = tensors
     ctx.recipe, ctx.dtype = recipe, dtype
     ctx.bias_dtype = None if bias_E is None else bias_E.dtype
-    ctx.save_for_backward(x_TH, weight_EH, logits_TE, experts_TK)
+    ctx.save_for_backward(x_TH, weight_EH, logits, experts)
     ctx.set_materialize_grads(False)
 
 
 class _Direct(torch.autograd.Function):
-    """One node; see `direct`."""
+    """One node; see `direct`. `told` gets what is known of the plan."""
 
     @staticmethod
     def forward(
@@ -191,21 +222,25 @@ class _Direct(torch.autograd.Function):
         choice_bias_E: Tensor | None,
         settings: tuple[int, torch.dtype, torch.dtype | None],
         recipe: Recipe,
+        told: list[Known | None],
     ) -> tuple[Tensor, Tensor, Tensor]:
         tensors = (x_TH, weight_EH, bias_E, choice_bias_E)
-        output = _forward(*tensors, *settings, recipe)
-        _keep(ctx, tensors, settings[1], recipe, output)
-        ctx.mark_non_differentiable(output[1])
-        return output
+        experts_TK, weights_TK, logits_TE, known = _forward(*tensors, *settings, recipe)
+        told.append(known)
+        _keep(ctx, tensors, settings[1], recipe, experts_TK, logits_TE)
+        ctx.mark_non_differentiable(experts_TK)
+        return experts_TK, weights_TK, logits_TE
 
     @staticmethod
     def backward(
-        ctx: Any, dweights_TK: Tensor | None, _: None, dlogits_TE: Tensor | None
+        ctx: Any, _: None, dweights_TK: Tensor | None, dlogits_TE: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        with on_device_of(ctx.saved_tensors[0]):
-            through_choice = _gpu().choose_backward_on_gpu
-            grads = _backward(ctx, dweights_TK, dlogits_TE, through_choice, backward_in_summands)
-        return (*grads, None, None, None)
+        saved, through_choice = ctx.saved_tensors, _gpu_choice().choose_backward_on_gpu
+        with on_device_of(saved[0]):
+            grads = _backward(
+                ctx, saved, dweights_TK, dlogits_TE, through_choice, backward_in_summands
+            )
+        return (*grads, None, None, None, None)
 
 
 # An op's arguments are tensors, numbers and names: it takes the recipe's fields one by one.
@@ -237,8 +272,8 @@ def _route(
 
 @_route.register_kernel("cuda")
 def _(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    given, fields = args[:7], args[7:]
-    return _forward(*given, Recipe(*fields))  # type: ignore[call-arg]
+    routed = _forward(*args[:7], Recipe(*args[7:]))  # type: ignore[call-arg]
+    return routed.weights_TK, routed.experts_TK, routed.logits_TE
 
 
 @_route.register_fake
@@ -264,14 +299,15 @@ def _(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    _keep(ctx, inputs[:4], inputs[5], Recipe(*inputs[7:]), output)
+    _keep(ctx, inputs[:4], inputs[5], Recipe(*inputs[7:]), *output[1:])
     ctx.num_inputs = len(inputs)
 
 
 def _op_backward(
     ctx: Any, dweights_TK: Tensor | None, _: None, dlogits_TE: Tensor | None
 ) -> tuple[Tensor | None, ...]:
-    grads = _backward(ctx, dweights_TK, dlogits_TE, choose_backward, router_logits_backward)
+    saved, operators = ctx.saved_tensors, (choose_backward, router_logits_backward)
+    grads = _backward(ctx, saved, dweights_TK, dlogits_TE, *operators)
     return (*grads, *(None,) * (ctx.num_inputs - 3))
 
 

@@ -6,7 +6,6 @@ Letters: T tokens, K choices a token, N = T*K assignments, E experts.
 from __future__ import annotations
 
 import functools
-import weakref
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -49,7 +48,7 @@ class SortPlan:
 
 
 class Ranks(NamedTuple):
-    """What is known of a choice by who made it. rank_TK: int32, how many choices of its block of
+    """What was counted of a choice as it was made. rank_TK: int32, how many choices of its block of
     `rows` tokens name the same expert before this one. counts_BE: int32, how many choices of a
     block name each expert. Every id lies in [0, E)."""
 
@@ -62,50 +61,63 @@ class Ranks(NamedTuple):
         return self.counts_BE.shape[1]
 
 
-# Of the choice that was made last: a layer sorts what it has just routed.
-_last: tuple[weakref.ref[Tensor], int, Ranks | SortPlan] | None = None
+class Known(NamedTuple):
+    """What who chose knows of the plan: all of it, or ranks. version, place: of experts_TK and of
+    the device when it was made."""
+
+    made: Ranks | SortPlan
+    version: int
+    place: tuple[Any, ...]
+
+    def of(self, experts_TK: Tensor, kept_TK: Tensor | None, num_experts: int) -> bool:
+        """Whether it holds for this choice, here and now: torch has seen nobody write to the ids,
+        all are kept, and the same stream runs, within a CUDA graph's capture or outside as then. A
+        graph would go on with the plan of a choice that was made before it."""
+        return (
+            kept_TK is None
+            and self.version == experts_TK._version
+            and self.made.num_experts == num_experts
+            and self.place == _place(experts_TK)
+        )
+
+
 _MOST_BLOCKS = 1024  # each program of the plan reads the counts of all
 
 
-def remember(experts_TK: Tensor, made: Ranks | SortPlan) -> None:
-    """`sort_plan` of this very tensor, unchanged, will not count its choices again."""
-    global _last
-    if type(made) is Ranks and made.counts_BE.shape[0] > _MOST_BLOCKS:
-        return
-    if not experts_TK.is_inference():
-        _last = weakref.ref(experts_TK), experts_TK._version, made
-
-
-def _recall(
-    experts_TK: Tensor, kept_TK: Tensor | None, num_experts: int
-) -> Ranks | SortPlan | None:
-    """Given once: the plan writes over the ranks."""
-    global _last
-    last = _last
-    if last is None or last[0]() is not experts_TK:
+def known_of(experts_TK: Tensor, made: Ranks | SortPlan) -> Known | None:
+    """To be handed to `sort_plan` with the choice; None where that could not tell a stale one
+    (inference mode), or where sorting anew is cheaper."""
+    many = type(made) is Ranks and made.counts_BE.shape[0] > _MOST_BLOCKS
+    if many or experts_TK.is_inference():
         return None
-    _last = None
-    _, version, made = last
-    same = version == experts_TK._version and made.num_experts == num_experts
-    return made if same and kept_TK is None else None
+    return Known(made, experts_TK._version, _place(experts_TK))
 
 
-def sort_plan(experts_TK: Tensor, kept_TK: Tensor | None, num_experts: int) -> SortPlan:
+def _place(tensor: Tensor) -> tuple[Any, ...]:
+    if not tensor.is_cuda:
+        return ()
+    stream = torch._C._cuda_getCurrentRawStream(tensor.get_device())
+    return stream, torch.cuda.is_current_stream_capturing()
+
+
+def sort_plan(
+    experts_TK: Tensor, kept_TK: Tensor | None, num_experts: int, known: Known | None = None
+) -> SortPlan:
     """Sort the choices by expert: stable, without atomics, without a wait for the device.
 
     experts_TK: int64; ids outside [0, num_experts) count as unused, and so does what kept_TK (bool,
-    None = all) drops. On CUDA one op, `moetk::sort_plan`, up to 4096 experts.
+    None = all) drops. known: of this very choice. On CUDA up to 4096 experts: the op
+    `moetk::sort_plan`, or what is left to do where a plan is partly known.
     """
     if experts_TK.is_cuda and num_experts <= _MOST_ON_GPU:
         if not direct(experts_TK):
             return SortPlan(*_sort_plan(experts_TK, kept_TK, num_experts))
-        made = _recall(experts_TK, kept_TK, num_experts)
-        if type(made) is SortPlan:
-            return made
-        if made is None:
+        if known is None or not known.of(experts_TK, kept_TK, num_experts):
             return SortPlan(*_sort_on_gpu(experts_TK, kept_TK, num_experts))
+        if type(known.made) is SortPlan:
+            return known.made
         with on_device_of(experts_TK):
-            return SortPlan(*_gpu().place_on_gpu(experts_TK, made))
+            return SortPlan(*_gpu().place_on_gpu(experts_TK, known.made))
     choice_N, source_N, slot_TK, offsets_E = sort_in_torch(experts_TK, kept_TK, num_experts)
     on_cpu = experts_TK.device.type == "cpu" and not torch.compiler.is_compiling()
     full = on_cpu and int(offsets_E[-1]) == choice_N.numel()

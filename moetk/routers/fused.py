@@ -32,7 +32,7 @@ def choose_fused(
     """The router's forward by `moetk.kernels.route`, for a router and context of which
     `why_not_fused` says None.
 
-    The routing carries logits_TE; scores_TE and choice_TE exist only inside the op and are None.
+    The routing carries logits_TE; scores_TE and choice_TE exist only inside a kernel and are None.
     weight_dtype: what weights_TK are rounded to; None = as the router computes them.
 
     Ties go to the lower id and weights are added up in descending choice, also where the router
@@ -40,7 +40,7 @@ def choose_fused(
     hooks are not run; call it inside the router's `__call__`, or for a router without hooks.
     """
     recipe: Recipe = router.recipe()  # type: ignore[operator]
-    experts_TK, weights_TK, logits_TE = route(
+    experts_TK, weights_TK, logits_TE, known = route(
         x_TH,
         router.weight,
         getattr(router, "bias", None),
@@ -50,7 +50,10 @@ def choose_fused(
         router.gemm_dtype,
         weight_dtype,
     )
-    return TokenChoice(experts_TK, weights_TK, router.num_experts, logits_TE)
+    routing = TokenChoice(experts_TK, weights_TK, router.num_experts, logits_TE)
+    if known is not None:
+        object.__setattr__(routing, "known", known)
+    return routing
 
 
 def why_not_fused(router: LinearRouter, ctx: RouterContext) -> str | None:

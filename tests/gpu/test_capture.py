@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.utils.checkpoint import checkpoint
 
 from moetk import replace_moe
 from moetk.context import RouterContext
@@ -18,6 +19,7 @@ from moetk.equivalence.judge import relative_error
 from moetk.experts import BankSpec, ExpertBank, GptOssGated
 from moetk.routers import DeepSeekV3Router, GptOssRouter, LinearRouter, MixtralRouter
 from moetk.routers.fused import choose_fused
+from moetk.routing import TokenChoice
 from tests.gpu.calls import BF16, drawn, on_kernels
 from tests.gpu.device import DEVICE, needs_kernels, normal
 from tests.gpu.judged import assert_bitwise, grown
@@ -29,7 +31,7 @@ OSS = BankSpec(E, H, I, GptOssGated(1.7, 0.6), transposed=True, interleaved=True
 
 
 class Layer(nn.Module):
-    """A router as its two ops, and a bank."""
+    """A router by its kernels, and a bank."""
 
     def __init__(self, router: LinearRouter, spec: BankSpec, *, bias: bool = False) -> None:
         super().__init__()
@@ -157,6 +159,74 @@ def test_a_compiled_layer_is_one_graph(name, backend):
         assert_bitwise({key: found[key] for key in ours}, {key: want[key] for key in ours})
     for key, tensor in want.items():  # a compiler may order and fuse what stands between the ops
         assert relative_error(found[key], tensor) <= torch.finfo(tensor.dtype).eps, key
+
+
+@needs_kernels
+@pytest.mark.parametrize("tokens", [5, 300])
+def test_a_bank_captured_apart_from_its_router_reads_the_choice_of_each_replay(tokens):
+    """What the router knows of its own choice is no part of a graph that did not make it."""
+    layer, _, _ = made("qwen3")
+    x_TH = normal(52, tokens, H, dtype=BF16)
+    with torch.no_grad():
+        routing = choose_fused(layer.router, x_TH, CTX, BF16)
+        graph, out = captured(lambda: {"y": layer.experts(x_TH, routing)})
+        for seed in (60, 61):
+            other = choose_fused(layer.router, normal(seed, tokens, H, dtype=BF16), CTX, BF16)
+            routing.experts_TK.copy_(other.experts_TK)
+            graph.replay()
+            again = TokenChoice(other.experts_TK, routing.weights_TK, E)
+            assert torch.equal(out["y"], layer.experts(x_TH, again))
+
+
+@needs_kernels
+def test_a_choice_that_was_written_to_is_sorted_anew():
+    layer, _, _ = made("qwen3")
+    x_TH, other_TH = (normal(seed, 300, H, dtype=BF16) for seed in (52, 53))
+    with torch.no_grad():
+        routing, other = (choose_fused(layer.router, x, CTX, BF16) for x in (x_TH, other_TH))
+        routing.experts_TK.copy_(other.experts_TK)
+        want = layer.experts(x_TH, TokenChoice(other.experts_TK, routing.weights_TK, E))
+        assert torch.equal(layer.experts(x_TH, routing), want)
+
+
+@needs_kernels
+def test_a_choice_is_planned_on_the_stream_that_asks():
+    layer, x_TH, _ = made("qwen3")
+    with torch.no_grad():
+        routing = choose_fused(layer.router, x_TH, CTX, BF16)
+        want, side = layer.experts(x_TH, routing), torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            assert routing.known is not None and not routing.known.of(routing.experts_TK, None, E)
+            found = layer.experts(x_TH, routing)
+        torch.cuda.current_stream().wait_stream(side)
+        assert torch.equal(found, want)
+
+
+@each_layer
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_checkpointed_layer(name, reentrant):
+    layer, x_TH, dy_TH = made(name)
+    want = stepped(layer, x_TH, dy_TH)
+    leaves = {"x": x_TH.requires_grad_(), **dict(layer.named_parameters())}
+    y_TH = checkpoint(layer, leaves["x"], use_reentrant=reentrant)
+    y_TH.backward(dy_TH)
+    found = {"y": y_TH, **{f"d{name}": leaf.grad for name, leaf in leaves.items()}}
+    assert_bitwise({key: found[key] for key in want}, want)
+
+
+@needs_kernels
+def test_compiled_with_cuda_graphs_by_torch():
+    """mode="reduce-overhead", which transformers takes for a static cache."""
+    layer, x_TH, _ = made("qwen3")
+    torch.compiler.reset()
+    compiled = torch.compile(layer, mode="reduce-overhead", fullgraph=True)
+    with torch.no_grad():
+        for seed in range(5):
+            x_TH = normal(seed, TOKENS, H, dtype=BF16)
+            torch.compiler.cudagraph_mark_step_begin()
+            error = relative_error(compiled(x_TH).clone(), layer(x_TH))
+            assert error <= torch.finfo(BF16).eps
 
 
 def generated(model: Any, prompt: Tensor, mask: Tensor) -> Any:

@@ -19,11 +19,12 @@ from moetk.kernels.choose import choose, choose_in_torch
 from moetk.kernels.recipe import Recipe
 from moetk.kernels.router_logits import router_logits
 from moetk.kernels.sort_plan import sort_in_torch, sort_plan
-from moetk.routers import LinearRouter, MixtralRouter, catalogue
+from moetk.routers import DeepSeekV3Router, LinearRouter, MixtralRouter, catalogue
 from moetk.routers.fused import choose_fused
 from moetk.routing import check_routing
 from tests.gpu.device import DEVICE, KERNELS, normal
 from tests.gpu.judged import assert_bitwise, assert_passes, grown
+from tests.gpu.there import SCORES
 
 CTX = RouterContext()
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -39,12 +40,8 @@ ROUTERS: dict[str, tuple[Callable[[], LinearRouter], torch.dtype]] = {
     "deepseek_v4": (catalogue.deepseek_v4_flash, BF16),
     "gpt_oss": (catalogue.gpt_oss_120b, BF16),
     "granite": (lambda: catalogue.granitemoe(1536, 32, 8), BF16),
-}
-SCORES: dict[str, Callable[[Tensor], Tensor]] = {
-    "softmax": lambda z: z.softmax(-1),
-    "sigmoid": torch.sigmoid,
-    "sqrt_softplus": lambda z: F.softplus(z).sqrt(),
-    "identity": lambda z: z,
+    "groups of 24": (lambda: DeepSeekV3Router(512, 120, 6, groups=5, top_groups=2), BF16),
+    "groups of 16": (lambda: DeepSeekV3Router(512, 128, 6, groups=8, top_groups=3), BF16),
 }
 LARGE = 4096 if KERNELS else 64
 
@@ -136,8 +133,8 @@ def test_a_whole_router(name):
     ours = grown(leaves, {"weights": routing.weights_TK}, [dweights_TK])
     again = choose_fused(router, x_TH, CTX)
     assert torch.equal(again.experts_TK, routing.experts_TK)
-    for _ in range(2):  # by what the router counted, and as of a choice that somebody else made
-        plan = sort_plan(again.experts_TK, None, router.num_experts)
+    for known in (again.known, None):  # by what the router counted, and anew
+        plan = sort_plan(again.experts_TK, None, router.num_experts, known)
         found = (plan.choice_N, plan.source_N, plan.slot_TK, plan.offsets_E)
         twins = sort_in_torch(again.experts_TK.cpu(), None, router.num_experts)
         for mine, twin in zip(found, twins, strict=True):

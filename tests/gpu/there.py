@@ -3,21 +3,30 @@ there, what comes out is brought back, and gradients cross as they are."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils import _pytree
 
 from moetk.context import RouterContext
 from moetk.experts import BankWeights, ExpertBank, bank_forward
-from moetk.kernels.choose import choice_in_torch
+from moetk.kernels.selection import in_best_groups
 from moetk.routers import LinearRouter
 from moetk.routers.fused import choose_fused, why_not_fused
 from moetk.routing import Routing
 from tests.gpu.device import DEVICE, KERNELS
+
+SCORES: dict[str, Callable[[Tensor], Tensor]] = {
+    "softmax": lambda z: z.softmax(-1),
+    "sigmoid": torch.sigmoid,
+    "sqrt_softplus": lambda z: F.softplus(z).sqrt(),
+    "identity": lambda z: z,
+}
 
 
 def moved(tree: Any, *to: Any) -> Any:
@@ -77,10 +86,16 @@ class _RouterThere:
         why = why_not_fused(self, ctx)
         assert why is None or (not KERNELS and why == "device cpu, needs cuda"), why
         routing = choose_fused(self, x_TH, ctx)
-        # What chose stays in the kernel; written out, so that the laws of choosing have it.
-        bias_E = getattr(self, "e_score_correction_bias", None)
-        choice_TE = choice_in_torch(routing.logits_TE, bias_E, self.recipe())
-        return replace(routing, choice_TE=choice_TE)
+        return replace(routing, choice_TE=self._choice(routing.logits_TE))
+
+    def _choice(self: Any, logits_TE: Tensor) -> Tensor:
+        """What chose, which stays in the kernel: the laws of choosing ask for it."""
+        recipe, bias_E = self.recipe(), getattr(self, "e_score_correction_bias", None)
+        choice_TE = SCORES[recipe.score](logits_TE.to(recipe.score_dtype or logits_TE.dtype))
+        choice_TE = choice_TE if bias_E is None else choice_TE + bias_E
+        if recipe.limited:
+            return in_best_groups(choice_TE, recipe.groups, recipe.top_groups)
+        return choice_TE
 
 
 def router_there(router: LinearRouter) -> LinearRouter:

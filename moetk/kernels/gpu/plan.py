@@ -228,6 +228,7 @@ def _sort_few_kernel(
 @triton.jit
 def _place_ranked_kernel(
     experts_TK,
+    rank_TK,
     counts_BE,
     choice_N,
     source_N,
@@ -242,8 +243,7 @@ def _place_ranked_kernel(
     K: tl.constexpr,
     BLOCKS: tl.constexpr,
 ):
-    """slot_TK holds the ranks in their blocks of R tokens and becomes the rows. Every choice is
-    used."""
+    """Blocks of R tokens. Every choice is used."""
     block = tl.program_id(0)
     column = tl.arange(0, COLUMNS)
     counts = tl.zeros((COLUMNS,), tl.int32)
@@ -263,7 +263,7 @@ def _place_ranked_kernel(
     inside = (token < num_tokens) & (k < TOP_K)
     choice = token * TOP_K + k
     expert = tl.load(experts_TK + choice, mask=inside, other=0).to(tl.int32)
-    rank = tl.load(slot_TK + choice, mask=inside, other=0)
+    rank = tl.load(rank_TK + choice, mask=inside, other=0)
     row = rank + tl.gather(ends - counts + before, expert, 0)
     tl.store(slot_TK + choice, row, mask=inside)
     tl.store(choice_N + row, choice, mask=inside)
@@ -271,26 +271,31 @@ def _place_ranked_kernel(
 
 
 def place_on_gpu(experts_TK: Tensor, ranks: Ranks) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`sort_on_gpu` in one launch for choices that were counted and ranked as they were made. The
-    ranks become the slots."""
+    """`sort_on_gpu` in one launch, for choices that were counted and ranked as they were made."""
     num_tokens, top_k = experts_TK.shape
-    choice_N, source_N = (
-        experts_TK.new_empty(num_tokens * top_k, dtype=torch.int32) for _ in range(2)
-    )
-    offsets_E = experts_TK.new_empty(ranks.num_experts, dtype=torch.int32)
-    plan = choice_N, source_N, ranks.rank_TK, offsets_E
+    plan = empty_plan(experts_TK, ranks.num_experts)
     if num_tokens == 0:
-        offsets_E.zero_()
+        plan[-1].zero_()
         return plan
     num_blocks = ranks.counts_BE.shape[0]
     columns, choices = power_of_two(ranks.num_experts), power_of_two(top_k)
     launch(
         _place_ranked_kernel,
         (num_blocks,),
-        (experts_TK, ranks.counts_BE, *plan, num_tokens, num_blocks),
+        (experts_TK, ranks.rank_TK, ranks.counts_BE, *plan, num_tokens, num_blocks),
         (top_k, ranks.num_experts, columns, ranks.rows, choices, _COUNTS // columns),
     )
     return plan
+
+
+def empty_plan(experts_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    num_choices, dtype = experts_TK.numel(), torch.int32
+    return (
+        experts_TK.new_empty(num_choices, dtype=dtype),
+        experts_TK.new_empty(num_choices, dtype=dtype),
+        experts_TK.new_empty(experts_TK.shape, dtype=dtype),
+        experts_TK.new_empty(num_experts, dtype=dtype),
+    )
 
 
 def sort_on_gpu(
@@ -299,14 +304,9 @@ def sort_on_gpu(
     """choice_N, source_N, slot_TK, offsets_E of a `SortPlan`, int32."""
     num_choices = experts_TK.numel()
 
-    def fresh(*shape: int) -> Tensor:
-        return experts_TK.new_empty(shape, dtype=torch.int32)
-
-    choice_N, source_N = fresh(num_choices), fresh(num_choices)
-    slot_TK, offsets_E = fresh(*experts_TK.shape), fresh(num_experts)
-    plan = choice_N, source_N, slot_TK, offsets_E
+    plan = empty_plan(experts_TK, num_experts)
     if num_choices == 0:
-        offsets_E.zero_()
+        plan[-1].zero_()
         return plan
     experts_N = dense(experts_TK)
     kept_N = None if kept_TK is None else dense(kept_TK)
@@ -318,11 +318,11 @@ def sort_on_gpu(
         few = max(_BLOCK, power_of_two(num_choices))
         launch(_sort_few_kernel, (num_blocks,), args, (*sizes, _PART, few), warps=8)
         return plan
-    counts_BE = fresh(num_blocks + 1, num_experts)
+    counts_BE = experts_TK.new_empty((num_blocks + 1, num_experts), dtype=torch.int32)
     launch(
         _count_kernel,
         (num_blocks,),
-        (experts_N, kept_N, counts_BE, slot_TK, num_choices),
+        (experts_N, kept_N, counts_BE, plan[2], num_choices),
         (num_experts, columns, _BLOCK, _PART),
         warps=8,
     )

@@ -15,17 +15,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moetk.kernels.gpu.choose import (
-    choose_backward_on_gpu,
-    choose_on_gpu,
-    constants_of,
-)
+from moetk.kernels.gpu.choose import constants_of
 from moetk.kernels.gpu.launch import Tiled, dense, divided, launch
+from moetk.kernels.gpu.plan import empty_plan
 from moetk.kernels.gpu.select import columns_of, rounded, select
 from moetk.kernels.recipe import Recipe
 from moetk.kernels.sort_plan import Ranks, SortPlan
-
-__all__ = ["choose_backward_on_gpu", "choose_on_gpu", "route_on_gpu"]
 
 _TILE = 16384  # logits of one program, at most: with eight warps 64 a thread
 _ROWS = (16, 32, 64, 128)
@@ -94,7 +89,7 @@ def _route_kernel(
         logits_RC = tl.dot(x, weight, logits_RC)
     if bias_E is not None:
         bias_C = tl.load(bias_E + expert_C, mask=real_C, other=0.0).to(tl.float32)
-        logits_RC += bias_C[None, :]
+        logits_RC += rounded(bias_C, GEMM)[None, :]
     logits_RC = rounded(logits_RC, GEMM).to(logits_TE.dtype.element_ty)
     at_RC = logits_TE + row_R[:, None] * E + expert_C[None, :]
     tl.store(at_RC, logits_RC, mask=inside_R1 & real_C[None, :])
@@ -160,7 +155,7 @@ def route_on_gpu(
     """weights_TK, experts_TK, logits_TE of `dtype`, and the ranks of the choices, or their plan
     where they are few.
 
-    Raises RouterConfigError past 32 choices.
+    Raises RouterConfigError past 32 choices, MoeDtypeError on a score dtype wider than float32.
     """
     (num_tokens, hidden), num_experts = x_TH.shape, weight_EH.shape[0]
     choice_bias_dtype = None
@@ -174,19 +169,21 @@ def route_on_gpu(
     )
     experts_TK = x_TH.new_empty((num_tokens, top_k), dtype=torch.int64)
     weights_TK = x_TH.new_empty((num_tokens, top_k), dtype=weight_dtype or score_dtype)
-    slot_TK = x_TH.new_empty((num_tokens, top_k), dtype=torch.int32)
     columns = groups * members
     rows = _rows(num_tokens, columns)
     num_blocks = divided(num_tokens, rows)
     made: Ranks | SortPlan
     written: tuple[Tensor | None, ...]
     if num_blocks == 1:
-        made = plan = _empty_plan(slot_TK, num_experts)
-        written = (slot_TK, None, plan.choice_N, plan.source_N, plan.offsets_E)
+        made = plan = SortPlan(*empty_plan(experts_TK, num_experts))
+        written = (plan.slot_TK, None, plan.choice_N, plan.source_N, plan.offsets_E)
     else:
-        counts_BE = x_TH.new_empty((num_blocks, num_experts), dtype=torch.int32)
-        made = Ranks(slot_TK, counts_BE, rows)
-        written = (slot_TK, counts_BE, None, None, None)
+        made = Ranks(
+            x_TH.new_empty((num_tokens, top_k), dtype=torch.int32),
+            x_TH.new_empty((num_blocks, num_experts), dtype=torch.int32),
+            rows,
+        )
+        written = (made.rank_TK, made.counts_BE, None, None, None)
     if num_tokens:
         x_TH, weight_EH = dense(x_TH), dense(weight_EH)
         step, stages, warps = _reads(rows, columns, x_TH.device)
@@ -214,11 +211,6 @@ def route_on_gpu(
             stages=stages,
         )
     return weights_TK, experts_TK, logits_TE, made
-
-
-def _empty_plan(slot_TK: Tensor, num_experts: int) -> SortPlan:
-    choice_N, source_N = slot_TK.new_empty(slot_TK.numel()), slot_TK.new_empty(slot_TK.numel())
-    return SortPlan(choice_N, source_N, slot_TK, slot_TK.new_empty(num_experts))
 
 
 def _rows(num_tokens: int, columns: int) -> int:

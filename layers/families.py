@@ -97,9 +97,7 @@ def has_biases(experts: nn.Module) -> bool:
     return held.up_bias is not None or held.down_bias is not None
 
 
-def bank_weights(
-    experts: nn.Module, add_to_grad: bool = False, biased: bool = True
-) -> BankWeights:
+def bank_weights(experts: nn.Module, add_to_grad: bool = False, biased: bool = True) -> BankWeights:
     """This call's tensors. Collected inside forward: only there PEFT's and FSDP2's exist.
 
     biased: False where `has_biases` was: a module takes microseconds to find that it lacks them.

@@ -91,22 +91,13 @@ class Family:
         )
 
 
-def has_biases(experts: nn.Module) -> bool:
-    """Whether the experts add biases."""
-    held = bank_weights(experts)
-    return held.up_bias is not None or held.down_bias is not None
-
-
-def bank_weights(experts: nn.Module, add_to_grad: bool = False, biased: bool = True) -> BankWeights:
-    """This call's tensors. Collected inside forward: only there PEFT's and FSDP2's exist.
-
-    biased: False where `has_biases` was: a module takes microseconds to find that it lacks them.
-    """
+def bank_weights(experts: nn.Module, add_to_grad: bool = False) -> BankWeights:
+    """This call's tensors. Collected inside forward: only there PEFT's and FSDP2's exist."""
     return BankWeights(
         experts.gate_up_proj,  # type: ignore[arg-type]
         experts.down_proj,  # type: ignore[arg-type]
-        getattr(experts, "gate_up_proj_bias", None) if biased else None,
-        getattr(experts, "down_proj_bias", None) if biased else None,
+        getattr(experts, "gate_up_proj_bias", None),
+        getattr(experts, "down_proj_bias", None),
         add_to_grad,
     )
 

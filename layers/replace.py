@@ -27,7 +27,6 @@ from moetk.layers.factory import (
     refuse_distributed,
     refuse_shared,
 )
-from moetk.layers.families import has_biases
 from moetk.layers.find import (
     Found,
     expects_experts,
@@ -323,7 +322,6 @@ def _site(
         function=None if isinstance(made, nn.Module) else made,
         label=None if made is None else name_of(made),
         add_to_grad=add_to_grad,
-        biased=has_biases(item.experts),
     )
 
 

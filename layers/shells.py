@@ -68,7 +68,6 @@ class Site:
     settings: Mapping[str, Any] = field(default_factory=dict)
     active: bool = True
     add_to_grad: bool = False
-    biased: bool = False
 
     def __post_init__(self) -> None:
         self.route = _Route(self)
@@ -219,7 +218,7 @@ class ExpertsShell:
         else:
             y_RH = bank_forward(
                 site.spec,
-                bank_weights(self, site.add_to_grad, site.biased),  # type: ignore[arg-type]
+                bank_weights(self, site.add_to_grad),  # type: ignore[arg-type]
                 x_RH,
                 local,
                 site.backend,
@@ -238,7 +237,8 @@ class ExpertsShell:
 def _composed(
     gate: Any, site: Site, x_TH: Tensor, ctx: RouterContext, visit: Visit | None
 ) -> TokenChoice:
-    """The family's own router: as two ops where those run and nobody reads what they leave out."""
+    """The family's own router: by its kernels where those run and nobody reads what they leave
+    out."""
     row = site.gate_row
     dtype = x_TH.dtype if row.weight_dtype == "model" else None
     if _unread(site, visit) and why_not_fused(gate, ctx) is None:

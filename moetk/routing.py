@@ -51,8 +51,8 @@ class TokenChoice:
     extras: Mapping[str, Tensor] = field(default_factory=dict)
 
     # What a fused router knows of the plan of this very choice (`moetk.kernels.sort_plan.Known`).
-    # No field: whatever makes another routing of this one (replace, a pytree) leaves it out. Ids
-    # that are written to are planned anew, unless torch does not see it (.data, a collective).
+    # No field: replace and pytrees, which make another routing of this one, leave it out. Ids that
+    # are written to are planned anew, unless torch does not see it (.data, a collective).
     known: ClassVar[Any] = None
 
 

@@ -27,6 +27,7 @@ RECIPES = {
     "softmax over chosen": Recipe("identity", over_chosen=True),
     "softmax twice": Recipe("softmax", over_chosen=True, renormalise=True, eps=0.5),
     "sigmoid": Recipe("sigmoid", renormalise=True, eps=1e-20, scale=2.5),
+    "sigmoid in 4 groups": Recipe("sigmoid", groups=4, top_groups=2, eps=1e-20, scale=2.5),
     "sigmoid in groups": Recipe(
         "sigmoid", groups=3, top_groups=2, renormalise=True, eps=1e-20, scale=2.5
     ),
@@ -194,10 +195,17 @@ def one_kernel(recipe: Recipe) -> None:
     sizes."""
     from moetk.kernels.gpu.plan import place_on_gpu
     from moetk.kernels.gpu.route import route_on_gpu
+    from moetk.kernels.route import in_one_kernel
 
     half, whole = torch.float16, torch.float32
-    for num_tokens, hidden, num_experts, top_k in ((0, 8, 6, 2), (70, 72, 12, 4), (20, 64, 6, 3)):
-        if not fits(recipe, num_experts, top_k):
+    for num_tokens, hidden, num_experts, top_k in (
+        (0, 8, 6, 2),
+        (70, 72, 12, 4),
+        (70, 40, 16, 3),
+        (20, 64, 6, 3),
+    ):
+        narrow = normal(0, 1, hidden).to(half), normal(0, num_experts, hidden).to(half), half
+        if not fits(recipe, num_experts, top_k) or not in_one_kernel(*narrow, recipe):
             continue
         x_TH = normal(1, num_tokens, hidden).to(half)
         weight_EH = (normal(2, num_experts, hidden) * hidden**-0.5).to(half)

@@ -134,7 +134,8 @@ def test_the_operator_is_the_product_and_the_choice(
     x_TH, weight_EH, bias_E, choice_bias_E = (
         torch.randn(*shape, generator=generator) for shape in ((7, 8), (12, 8), (12,), (12,))
     )
-    leaves = [tensor.to(BF16).requires_grad_() for tensor in (x_TH, weight_EH, bias_E)]
+    leaves = [tensor.to(BF16).requires_grad_() for tensor in (x_TH, weight_EH)]
+    leaves.append(bias_E.requires_grad_())  # fp32: rounded to the product's dtype first
     given = (*leaves, choice_bias_E) if biases else (*leaves[:2], None, None)
     leaves = leaves if biases else leaves[:2]
     settings = (4, dtype, BF16)

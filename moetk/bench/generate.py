@@ -59,9 +59,10 @@ def measure_generate(
         run.settings = _greedy(run.prompts, new_tokens)
         if cache is not None:
             run.settings["cache_implementation"] = cache
+    model = None
     race([run.racer for run in runs], rounds, meter)
     results = [run.result(runs[0].tokens) for run in runs]
-    del runs, run, model
+    del runs, run
     meter.release()
     return results
 

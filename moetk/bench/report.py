@@ -162,7 +162,8 @@ def step_table(shape: ModelShape, results: Sequence[StepResult], words: str) -> 
 
 
 def generate_rows(results: Sequence[GenerateResult], words: str, new_tokens: int) -> list[Row]:
-    """Milliseconds a token (of every sequence of the batch at once), ratio and equal tokens."""
+    """Milliseconds of the whole generate() by new token (of every sequence at once), ratio and
+    equal tokens."""
     base = results[0]
     rows = []
     for result in results:

@@ -69,11 +69,10 @@ def route(
     if direct(x_TH):
         check_width(x_TH, weight_EH)
         _check_recipe(recipe, weight_EH.shape[0], top_k)
-        if not torch.is_grad_enabled():  # a node of the graph costs the host what a launch costs
-            return _forward(*tensors, *settings, recipe)
-        told: list[Known | None] = []
-        outputs = _Direct.apply(*tensors, settings, recipe, told)
-        return Routed(*outputs, *told)
+        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors[:3]):
+            return Routed(*_Direct.apply(*tensors, settings, recipe))
+        # Without a node of the graph, which costs the host what a launch costs.
+        return _forward(*tensors, *settings, recipe)
     if x_TH.is_cuda and in_one_kernel(x_TH, weight_EH, settings[1], recipe):
         check_width(x_TH, weight_EH)
         check_recipe(recipe, weight_EH.shape[0], top_k)
@@ -90,13 +89,14 @@ _check_recipe = remembered(check_recipe)
 
 def in_one_kernel(x_TH: Tensor, weight_EH: Tensor, dtype: torch.dtype, recipe: Recipe) -> bool:
     """Whether the kernel computes logits of this dtype: products of 16-bit operands, which are
-    exact in fp32, in which they are added up; of as many columns as there are experts, which groups
-    of another size than a power of two do not leave them."""
+    exact in fp32, in which they are added up. Its columns are the experts in their order, padded at
+    the end, as groups whose size is no power of two are not."""
     narrow, num_experts = x_TH.dtype, weight_EH.shape[0]
     return (
         (narrow is torch.bfloat16 or narrow is torch.float16)
         and weight_EH.dtype is narrow
         and type(weight_EH) in PLAIN
+        and weight_EH.get_device() == x_TH.get_device()
         and (dtype is narrow or dtype is torch.float32)
         and num_experts <= MOST_EXPERTS
         and not (recipe.limited and (num_experts & (num_experts - 1)))
@@ -211,7 +211,7 @@ def _keep(
 
 
 class _Direct(torch.autograd.Function):
-    """One node; see `direct`. `told` gets what is known of the plan."""
+    """One node; see `direct`."""
 
     @staticmethod
     def forward(
@@ -222,25 +222,23 @@ class _Direct(torch.autograd.Function):
         choice_bias_E: Tensor | None,
         settings: tuple[int, torch.dtype, torch.dtype | None],
         recipe: Recipe,
-        told: list[Known | None],
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> Routed:
         tensors = (x_TH, weight_EH, bias_E, choice_bias_E)
-        experts_TK, weights_TK, logits_TE, known = _forward(*tensors, *settings, recipe)
-        told.append(known)
-        _keep(ctx, tensors, settings[1], recipe, experts_TK, logits_TE)
-        ctx.mark_non_differentiable(experts_TK)
-        return experts_TK, weights_TK, logits_TE
+        routed = _forward(*tensors, *settings, recipe)
+        _keep(ctx, tensors, settings[1], recipe, routed.experts_TK, routed.logits_TE)
+        ctx.mark_non_differentiable(routed.experts_TK)
+        return routed
 
     @staticmethod
     def backward(
-        ctx: Any, _: None, dweights_TK: Tensor | None, dlogits_TE: Tensor | None
+        ctx: Any, _: None, dweights_TK: Tensor | None, dlogits_TE: Tensor | None, __: None
     ) -> tuple[Tensor | None, ...]:
         saved, through_choice = ctx.saved_tensors, _gpu_choice().choose_backward_on_gpu
         with on_device_of(saved[0]):
             grads = _backward(
                 ctx, saved, dweights_TK, dlogits_TE, through_choice, backward_in_summands
             )
-        return (*grads, None, None, None, None)
+        return (*grads, None, None, None)
 
 
 # An op's arguments are tensors, numbers and names: it takes the recipe's fields one by one.
@@ -263,7 +261,7 @@ def _route(
     """weights_TK, experts_TK and logits_TE."""
     recipe = Recipe(*fields)
     logits_TE = x_TH.float() @ weight_EH.float().t()
-    logits_TE = (logits_TE if bias_E is None else logits_TE + bias_E).to(dtype)
+    logits_TE = (logits_TE if bias_E is None else logits_TE + bias_E.to(dtype)).to(dtype)
     if recipe.score == "identity":
         logits_TE = logits_TE.to(recipe.score_dtype or dtype)
     experts_TK, weights_TK = choose_in_torch(logits_TE, choice_bias_E, top_k, recipe)

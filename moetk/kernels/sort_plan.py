@@ -72,7 +72,9 @@ class Known(NamedTuple):
     def of(self, experts_TK: Tensor, kept_TK: Tensor | None, num_experts: int) -> bool:
         """Whether it holds for this choice, here and now: torch has seen nobody write to the ids,
         all are kept, and the same stream runs, within a CUDA graph's capture or outside as then. A
-        graph would go on with the plan of a choice that was made before it."""
+        graph would go on with the plan of a choice that was made before it. (Two captures on one
+        stream are not told apart: a bank in one whose router is in the other reads the plan that
+        the other's replay left.)"""
         return (
             kept_TK is None
             and self.version == experts_TK._version

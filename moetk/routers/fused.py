@@ -6,7 +6,6 @@ logits. It says so for that forward alone: a subclass with another forward is no
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
@@ -102,7 +101,6 @@ def _why_never(
     return None
 
 
-@functools.cache
 def _has_recipe(cls: type) -> bool:
     """Its recipe is written beside its forward, and it changes none of the steps between."""
 

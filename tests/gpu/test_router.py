@@ -17,6 +17,7 @@ from moetk.context import RouterContext
 from moetk.equivalence.judge import compare_choices, largest_error
 from moetk.kernels.choose import choose, choose_in_torch
 from moetk.kernels.recipe import Recipe
+from moetk.kernels.route import in_one_kernel
 from moetk.kernels.router_logits import router_logits
 from moetk.kernels.sort_plan import sort_in_torch, sort_plan
 from moetk.routers import DeepSeekV3Router, LinearRouter, MixtralRouter, catalogue
@@ -133,6 +134,9 @@ def test_a_whole_router(name):
     ours = grown(leaves, {"weights": routing.weights_TK}, [dweights_TK])
     again = choose_fused(router, x_TH, CTX)
     assert torch.equal(again.experts_TK, routing.experts_TK)
+    narrow = (x_TH, router.weight, router.gemm_dtype or x_TH.dtype, router.recipe())
+    assert (again.known is not None) == (KERNELS and in_one_kernel(*narrow))
+    assert again.known is None or again.known.of(again.experts_TK, None, router.num_experts)
     for known in (again.known, None):  # by what the router counted, and anew
         plan = sort_plan(again.experts_TK, None, router.num_experts, known)
         found = (plan.choice_N, plan.source_N, plan.slot_TK, plan.offsets_E)

@@ -71,7 +71,7 @@ class _RouterThere:
     def forward(self: Any, x_TH: Tensor, ctx: RouterContext) -> Routing:
         no_float64(x_TH)
         if self._there:
-            return self._two_ops(x_TH, ctx)
+            return self._by_kernels(x_TH, ctx)
         held = {**dict(self.named_parameters()), **dict(self.named_buffers())}
         self._there = True
         try:
@@ -80,8 +80,8 @@ class _RouterThere:
         finally:
             self._there = False
 
-    def _two_ops(self: Any, x_TH: Tensor, ctx: RouterContext) -> Routing:
-        if ctx.replay is not None:  # the one call that the ops leave to the plain forward
+    def _by_kernels(self: Any, x_TH: Tensor, ctx: RouterContext) -> Routing:
+        if ctx.replay is not None:  # the one call that is left to the plain forward
             return super().forward(x_TH, ctx)  # type: ignore[misc]
         why = why_not_fused(self, ctx)
         assert why is None or (not KERNELS and why == "device cpu, needs cuda"), why
@@ -99,7 +99,7 @@ class _RouterThere:
 
 
 def router_there(router: LinearRouter) -> LinearRouter:
-    """The router, its forward now two ops on the device; its parameters stay where they are."""
+    """The router, its forward now its kernels on the device; its parameters stay where they are."""
     own = type(router)
     router.__class__ = type(own.__name__, (_RouterThere, own), {})
     return router

@@ -1,4 +1,4 @@
-"""A family's own router as two ops, where nobody reads the scores that those leave out.
+"""A family's own router by its kernels, where nobody reads the scores that those leave out.
 
 They run on CUDA alone; here the CPU stands in for it, whose ops say what the kernels compute.
 """
@@ -29,7 +29,7 @@ LAYERS = {"deepseek_v4": 1}  # of two, those whose router has a recipe: a hash t
 
 @pytest.fixture
 def ran(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The routers that ran as two ops, as if this were a device that runs them."""
+    """The routers that ran by their kernels, as if this were a device that has them."""
     found: list[str] = []
 
     def why_not(router: Any, ctx: RouterContext) -> str | None:
@@ -122,7 +122,7 @@ def test_a_recording_of_scores_gets_them(family: str, reentrant: bool, ran: list
 
 
 def test_a_loss_that_reads_scores_gets_them(ran: list[str]) -> None:
-    """`reads` says it; one that reads logits alone leaves the router its two ops."""
+    """`reads` says it; one that reads logits alone leaves the router its kernels."""
     model = stock32("qwen3_moe").train()
     balanced = replaced(model, losses=[LoadBalancingLoss(0.5)])
     assert_bitwise(step(balanced), plain(balanced))

@@ -2,7 +2,7 @@
 is stated in torch by the op `moetk::route` in `moetk.kernels.route`.
 
 Letters: T tokens, H hidden, E experts, K choices; R tokens of one program, and for the columns of
-its tile of logits C, G, M as in `moetk.kernels.gpu.select`.
+its tile of logits C, G, M as in `moetk.kernels.gpu.select`, the columns being the experts in order.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from torch import Tensor
 from moetk.kernels.gpu.choose import constants_of
 from moetk.kernels.gpu.launch import Tiled, dense, divided, launch
 from moetk.kernels.gpu.plan import empty_plan
-from moetk.kernels.gpu.select import columns_of, rounded, select
+from moetk.kernels.gpu.select import rounded, select
 from moetk.kernels.recipe import Recipe
 from moetk.kernels.sort_plan import Ranks, SortPlan
 
-_TILE = 16384  # logits of one program, at most: with eight warps 64 a thread
+_TILE = 16384  # logits of a program that takes eight warps for them: 64 a thread, or 32
 _ROWS = (16, 32, 64, 128)
 _FEW = 64  # tokens of a single program, which then makes the plan too: a launch less
 _ENOUGH = 132  # programs; where fewer rows each would only read the weight more often
@@ -71,7 +71,8 @@ def _route_kernel(
     in_block_R, k_range = tl.arange(0, R), tl.arange(0, BK)
     row_R = block.to(tl.int64) * R + in_block_R
     inside_R1 = (row_R < num_tokens)[:, None]
-    expert_C, real_C = columns_of(E, GROUPS, G, M)
+    expert_C = tl.arange(0, G * M)
+    real_C = expert_C < E
 
     # Clamped, not masked: what is read twice so is masked where it is stored.
     x_RK = x_TH + tl.minimum(row_R, num_tokens - 1)[:, None] * H + k_range[None, :]
@@ -94,7 +95,7 @@ def _route_kernel(
     at_RC = logits_TE + row_R[:, None] * E + expert_C[None, :]
     tl.store(at_RC, logits_RC, mask=inside_R1 & real_C[None, :])
 
-    columns_RK, weights_RK, chosen_RC = select(
+    experts_RK, weights_RK, chosen_RC = select(
         tl.where(real_C[None, :], logits_RC.to(tl.float32), float("-inf")),
         choice_bias_E,
         expert_C,
@@ -116,8 +117,6 @@ def _route_kernel(
         K,
     )
     choice_K = tl.arange(0, K)
-    size: tl.constexpr = E // GROUPS
-    experts_RK = columns_RK // M * size + columns_RK % M
     stored_RK = inside_R1 & (choice_K < TOP_K)[None, :]
     place_RK = row_R[:, None] * TOP_K + choice_K[None, :]
     tl.store(experts_TK + place_RK, experts_RK.to(tl.int64), mask=stored_RK)
@@ -130,11 +129,11 @@ def _route_kernel(
     before_RC = tl.dot(below_RR.to(tl.float16), ones_RC.to(tl.float16)).to(tl.int32)
     count_C = tl.sum(tl.where(inside_R1, ones_RC, 0.0), 0).to(tl.int32)
     if counts_BE is not None:
-        slot_RK = tl.gather(before_RC.to(tl.int8), columns_RK, 1).to(tl.int32)
+        slot_RK = tl.gather(before_RC.to(tl.int8), experts_RK, 1).to(tl.int32)
         tl.store(counts_BE + block.to(tl.int64) * E + expert_C, count_C, mask=real_C)
     else:  # one block: the ranks and counts are the plan
         end_C = tl.cumsum(count_C, 0)
-        slot_RK = tl.gather(before_RC + (end_C - count_C)[None, :], columns_RK, 1)
+        slot_RK = tl.gather(before_RC + (end_C - count_C)[None, :], experts_RK, 1)
         tl.store(offsets_E + expert_C, end_C, mask=real_C)
         tl.store(choice_N + slot_RK, place_RK.to(tl.int32), mask=stored_RK)
         token_RK = tl.broadcast_to(in_block_R[:, None], (R, K))
@@ -170,7 +169,7 @@ def route_on_gpu(
     experts_TK = x_TH.new_empty((num_tokens, top_k), dtype=torch.int64)
     weights_TK = x_TH.new_empty((num_tokens, top_k), dtype=weight_dtype or score_dtype)
     columns = groups * members
-    rows = _rows(num_tokens, columns)
+    rows = _rows(num_tokens)
     num_blocks = divided(num_tokens, rows)
     made: Ranks | SortPlan
     written: tuple[Tensor | None, ...]
@@ -213,12 +212,10 @@ def route_on_gpu(
     return weights_TK, experts_TK, logits_TE, made
 
 
-def _rows(num_tokens: int, columns: int) -> int:
-    """Of one program: all, where they are few; else as few as keep the device busy, and as many as
-    registers hold."""
-    most = max(_ROWS[0], min(_ROWS[-1], _TILE // columns))
+def _rows(num_tokens: int) -> int:
+    """Of one program: all, where they are few; else as few as keep the device busy."""
     programs = 1 if num_tokens <= _FEW else _ENOUGH
-    return next((rows for rows in _ROWS if num_tokens <= rows * programs and rows <= most), most)
+    return next((rows for rows in _ROWS if num_tokens <= rows * programs), _ROWS[-1])
 
 
 @functools.cache

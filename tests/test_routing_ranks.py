@@ -11,11 +11,14 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree
 
+from moetk.context import RouterContext
 from moetk.errors import MoeShapeError
 from moetk.kernels import sort_plan as room
 from moetk.kernels.recipe import Recipe
 from moetk.kernels.route import in_one_kernel, route
 from moetk.kernels.sort_plan import Ranks, known_of
+from moetk.routers import MixtralRouter
+from moetk.routers.fused import why_not_fused
 from moetk.routing import TokenChoice
 
 NONE = torch.zeros(0, dtype=torch.int32)
@@ -114,6 +117,20 @@ def test_symbolic_sizes_are_traced() -> None:
     given = torch.randn(5, 8), torch.randn(4, 8)
     traced = make_fx(routed, tracing_mode="symbolic")(*given)
     torch.testing.assert_close(traced(*given), routed(*given))
+
+
+@pytest.mark.filterwarnings("error")  # of caches that the compiler looks through
+def test_the_compiler_sees_no_cache_and_breaks_no_graph() -> None:
+    router, weight_EH = MixtralRouter(8, 16, 4), torch.randn(16, 8, dtype=BF16)
+
+    def routed(x_TH: Tensor) -> Tensor:
+        assert why_not_fused(router, RouterContext()) is not None  # the CPU
+        assert in_one_kernel(x_TH, weight_EH, BF16, SOFTMAX)
+        return route(x_TH, weight_EH, None, None, 4, SOFTMAX).weights_TK
+
+    x_TH = torch.randn(5, 8, dtype=BF16)
+    compiled = torch.compile(routed, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(x_TH), routed(x_TH))
 
 
 RECIPES = {

@@ -9,17 +9,15 @@ since rounding is a processor's own.
 
 from __future__ import annotations
 
-import argparse
 import re
 import sys
-from pathlib import Path
 from typing import Any
 
 import torch
+from readme_part import ROOT, write_part
 
 import moetk
 
-ROOT = Path(__file__).resolve().parents[1]
 FIGURE = ROOT / "scripts" / "results" / "compare.svg"
 BEGIN, END = "<!-- scripts/readme_compare.py -->", "<!-- end -->"
 
@@ -39,22 +37,17 @@ def words(text: str) -> list[str]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--check", action="store_true")
-    options = parser.parse_args()
-    path = ROOT / "README.md"
-    before, _, rest = path.read_text().partition(BEGIN)
-    shown, _, after = rest.partition(END)
-    report = compared(before.rpartition("```python\n")[2].partition("```")[0])
-    printed = f"<details><summary>what it prints</summary>\n\n```text\n{report}\n```\n</details>"
-    text = f"\n{printed}\n\n![Error of every stage]({FIGURE.relative_to(ROOT)})\n"
-    if options.check:
-        return int(words(text) != words(shown))
-    path.write_text(f"{before}{BEGIN}{text}{END}{after}")
-    report.plot(FIGURE)
-    return 0
+    reports: list[Any] = []
+
+    def made(before: str) -> str:
+        report = compared(before.rpartition("```python\n")[2].partition("```")[0])
+        reports.append(report)
+        printed = (
+            f"<details><summary>what it prints</summary>\n\n```text\n{report}\n```\n</details>"
+        )
+        return f"{printed}\n\n![Error of every stage]({FIGURE.relative_to(ROOT)})"
+
+    return write_part(__doc__, BEGIN, END, made, words, lambda: reports[0].plot(FIGURE))
 
 
 if __name__ == "__main__":

@@ -7,15 +7,14 @@
 
 from __future__ import annotations
 
-import argparse
 import csv
 import sys
 from collections.abc import Iterator
-from pathlib import Path
+
+from readme_part import ROOT, write_part
 
 from moetk.bench.report import BOTH, GENERATE, PEAK, SAVED, STEP, STEP_PEAK
 
-ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- scripts/readme_h200.py -->", "<!-- end of the H200's tables -->"
 Rows = list[dict[str, str]]
 
@@ -122,19 +121,7 @@ def tables() -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--check", action="store_true")
-    options = parser.parse_args()
-    path = ROOT / "README.md"
-    before, _, rest = path.read_text().partition(BEGIN)
-    _, _, after = rest.partition(END)
-    text = f"{before}{BEGIN}\n{tables()}\n{END}{after}"
-    if options.check:
-        return int(text != path.read_text())
-    path.write_text(text)
-    return 0
+    return write_part(__doc__, BEGIN, END, lambda _: tables())
 
 
 if __name__ == "__main__":

@@ -9,26 +9,24 @@ and numbers of drawn cases may differ.
 
 from __future__ import annotations
 
-import argparse
 import re
 import sys
-from pathlib import Path
 from typing import Any
 
 import torch
+from readme_part import README, ROOT, write_part
 
 from moetk.errors import LawBrokenError
 from moetk.routers import GptOssRouter
 from moetk.testing import LawReport, check_router
 
-ROOT = Path(__file__).resolve().parents[1]
 PICTURE = ROOT / "scripts" / "results" / "router_laws.png"
 BEGIN, END = "<!-- scripts/readme_laws.py -->", "<!-- end of the report -->"
 
 
 def readme_router() -> Any:
     """The CosineRouter that the README's first block defines."""
-    first = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)[0]
+    first = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)[0]
     namespace: dict[str, Any] = {}
     exec(first[: first.index("\nmodel = ")], namespace)
     torch.manual_seed(0)
@@ -50,21 +48,14 @@ def untimed(text: str) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    return write_part(
+        __doc__,
+        BEGIN,
+        END,
+        lambda _: f"```\n{check_router(readme_router())}\n```",
+        untimed,
+        lambda: broken_report().plot(PICTURE),
     )
-    parser.add_argument("--check", action="store_true")
-    options = parser.parse_args()
-    path = ROOT / "README.md"
-    before, _, rest = path.read_text().partition(BEGIN)
-    _, _, after = rest.partition(END)
-    report = check_router(readme_router())
-    text = f"{before}{BEGIN}\n```\n{report}\n```\n{END}{after}"
-    if options.check:
-        return int(untimed(text) != untimed(path.read_text()))
-    path.write_text(text)
-    broken_report().plot(PICTURE)
-    return 0
 
 
 if __name__ == "__main__":

@@ -7,12 +7,11 @@
 
 from __future__ import annotations
 
-import argparse
 import csv
 import sys
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+from readme_part import ROOT, write_part
+
 BEGIN, END = "<!-- scripts/readme_table.py -->", "<!-- end -->"
 COLUMNS = ("one training step, forward to AdamW", "ms", "ratio", "p20 to p80")
 
@@ -38,19 +37,7 @@ def table() -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--check", action="store_true")
-    options = parser.parse_args()
-    path = ROOT / "README.md"
-    before, _, rest = path.read_text().partition(BEGIN)
-    _, _, after = rest.partition(END)
-    text = f"{before}{BEGIN}\n{table()}\n{END}{after}"
-    if options.check:
-        return int(text != path.read_text())
-    path.write_text(text)
-    return 0
+    return write_part(__doc__, BEGIN, END, lambda _: table())
 
 
 if __name__ == "__main__":

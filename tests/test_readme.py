@@ -75,5 +75,6 @@ def test_the_tables_are_what_the_rows_say(script: str) -> None:
 
 def test_the_comparison_is_what_the_report_says(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["readme_compare.py", "--check"])
+    monkeypatch.syspath_prepend(ROOT / "scripts")
     main = runpy.run_path(str(ROOT / "scripts" / "readme_compare.py"))["main"]
     assert main() == 0

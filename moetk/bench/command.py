@@ -27,6 +27,13 @@ Seed = Annotated[int, typer.Option(help="Of weights and tokens.")]
 Device = Annotated[str | None, typer.Option(help="cuda, cpu. [a GPU where there is one]")]
 Out = Annotated[Path, typer.Option(help="Folder of the CSV files and figures.")]
 Profile = Annotated[bool, typer.Option("--profile", help="Also name the largest kernels.")]
+Layers = Annotated[int, typer.Option(min=1, help="Decoder layers of the model.")]
+Batch = Annotated[int, typer.Option(min=1, help="Sequences.")]
+Changes = Annotated[
+    str, typer.Option(help='Settings other than Qwen3-30B-A3B\'s: "num_experts=64,...".')
+]
+Experts = Annotated[str, typer.Option(help="Of moetk's experts.")]
+Rounds = Annotated[int, typer.Option(min=1, help="Each contender runs once a round.")]
 OUT = Path("runs/bench")
 
 
@@ -41,7 +48,7 @@ def layer(
         str, typer.Option(help="accumulate: backward adds to gradients; fresh: it makes them.")
     ] = "accumulate",
     contenders: Contenders = None,
-    rounds: Annotated[int, typer.Option(min=1, help="Each contender runs once a round.")] = 20,
+    rounds: Rounds = 20,
     dtype: Dtype = "bfloat16",
     seed: Seed = 0,
     device: Device = None,
@@ -104,14 +111,12 @@ def layer(
 
 @app.command()
 def step(
-    layers: Annotated[int, typer.Option(min=1, help="Decoder layers of the model.")] = 8,
-    batch: Annotated[int, typer.Option(min=1, help="Sequences.")] = 4,
+    layers: Layers = 8,
+    batch: Batch = 4,
     length: Annotated[int, typer.Option(min=2, help="Tokens of each.")] = 4096,
-    model: Annotated[
-        str, typer.Option(help='Settings other than Qwen3-30B-A3B\'s: "num_experts=64,...".')
-    ] = "",
+    model: Changes = "",
     contenders: Contenders = None,
-    backend: Annotated[str, typer.Option(help="Of moetk's experts.")] = "auto",
+    backend: Experts = "auto",
     steps: Annotated[int, typer.Option(min=1, help="Timed, after three that are not.")] = 10,
     loss_curves: Annotated[
         tuple[int, int] | None,
@@ -170,19 +175,17 @@ def step(
 
 @app.command()
 def generate(
-    layers: Annotated[int, typer.Option(min=1, help="Decoder layers of the model.")] = 8,
-    batch: Annotated[int, typer.Option(min=1, help="Sequences.")] = 1,
+    layers: Layers = 8,
+    batch: Batch = 1,
     prompt: Annotated[int, typer.Option(min=1, help="Tokens of each before the new ones.")] = 128,
     new_tokens: Annotated[int, typer.Option(min=1, help="Tokens that each is continued by.")] = 64,
-    model: Annotated[
-        str, typer.Option(help='Settings other than Qwen3-30B-A3B\'s: "num_experts=64,...".')
-    ] = "",
+    model: Changes = "",
     contenders: Contenders = None,
-    backend: Annotated[str, typer.Option(help="Of moetk's experts.")] = "auto",
+    backend: Experts = "auto",
     cache: Annotated[
         str | None, typer.Option(help="cache_implementation of transformers. [its default]")
     ] = None,
-    rounds: Annotated[int, typer.Option(min=1, help="Each contender runs once a round.")] = 10,
+    rounds: Rounds = 10,
     dtype: Dtype = "bfloat16",
     seed: Seed = 0,
     device: Device = None,

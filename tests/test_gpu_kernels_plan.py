@@ -173,7 +173,7 @@ def one_kernel_in_one_node() -> None:
         patch.setattr(room, "direct", lambda tensor: True)
         got = room.route(*given)
         assert torch.equal(got.experts_TK, want.experts_TK)
-        assert got.known is not None and got.known.of(got.experts_TK, None, 12)
+        assert got.known is not None and got.known.holds_for(got.experts_TK, None, 12)
         outputs = [got.weights_TK]
         for reentrant in (False, True):
             outputs.append(checkpoint(routed, *leaves, use_reentrant=reentrant))

@@ -36,7 +36,7 @@ def ranks(blocks: int = 1) -> Ranks:
 def test_the_choice_that_was_ranked_is_planned_by_it() -> None:
     experts_TK = ids()
     known = known_of(experts_TK, ranks())
-    assert known is not None and known.of(experts_TK, None, 3)
+    assert known is not None and known.holds_for(experts_TK, None, 3)
 
 
 @pytest.mark.parametrize("change", ["written to", "dropped", "another bank's", "elsewhere"])
@@ -48,8 +48,8 @@ def test_another_choice_is_sorted_anew(change: str, monkeypatch: pytest.MonkeyPa
     if change == "written to":
         experts_TK.add_(0)
     if change == "elsewhere":  # another stream, or a capture that did not make the choice
-        monkeypatch.setattr(room, "_place", lambda tensor: (7, True))
-    assert not known.of(experts_TK, kept_TK, 4 if "bank" in change else 3)
+        monkeypatch.setattr(room, "_where", lambda tensor: (7, True))
+    assert not known.holds_for(experts_TK, kept_TK, 4 if "bank" in change else 3)
 
 
 def test_what_cannot_be_checked_or_counted_cheaply_is_not_known() -> None:

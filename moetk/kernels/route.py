@@ -248,18 +248,9 @@ class _Direct(torch.autograd.Function):
     schema="(Tensor x_TH, Tensor weight_EH, Tensor? bias_E, Tensor? choice_bias_E, int top_k, "
     f"ScalarType dtype, ScalarType? weight_dtype, {FIELDS}) -> (Tensor, Tensor, Tensor)",
 )
-def _route(
-    x_TH: Tensor,
-    weight_EH: Tensor,
-    bias_E: Tensor | None,
-    choice_bias_E: Tensor | None,
-    top_k: int,
-    dtype: torch.dtype,
-    weight_dtype: torch.dtype | None,
-    *fields: Any,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _route(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     """weights_TK, experts_TK and logits_TE."""
-    recipe = Recipe(*fields)
+    (x_TH, weight_EH, bias_E, choice_bias_E), (top_k, dtype, weight_dtype), recipe = _read(args)
     logits_TE = x_TH.float() @ weight_EH.float().t()
     logits_TE = (logits_TE if bias_E is None else logits_TE + bias_E.to(dtype)).to(dtype)
     if recipe.score == "identity":
@@ -268,36 +259,33 @@ def _route(
     return weights_TK.to(weight_dtype or weights_TK.dtype), experts_TK.contiguous(), logits_TE
 
 
+def _read(args: Any) -> tuple[Any, Any, Recipe]:
+    """Tensors, settings and recipe of the op's arguments."""
+    return args[:4], args[4:7], Recipe(*args[7:])
+
+
 @_route.register_kernel("cuda")
 def _(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    routed = _forward(*args[:7], Recipe(*args[7:]))  # type: ignore[call-arg]
+    tensors, settings, recipe = _read(args)
+    routed = _forward(*tensors, *settings, recipe)  # type: ignore[call-arg]
     return routed.weights_TK, routed.experts_TK, routed.logits_TE
 
 
 @_route.register_fake
-def _(
-    x_TH: Tensor,
-    weight_EH: Tensor,
-    bias_E: Tensor | None,
-    choice_bias_E: Tensor | None,
-    top_k: int,
-    dtype: torch.dtype,
-    weight_dtype: torch.dtype | None,
-    *fields: Any,
-) -> tuple[Tensor, Tensor, Tensor]:
-    recipe, tokens = Recipe(*fields), x_TH.shape[0]
-    score_dtype = recipe.score_dtype or dtype
+def _(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    (x_TH, weight_EH, *_), (top_k, dtype, weight_dtype), recipe = _read(args)
+    score_dtype, tokens = recipe.score_dtype or dtype, x_TH.shape[0]
+    logits_dtype = score_dtype if recipe.score == "identity" else dtype
     return (
         x_TH.new_empty((tokens, top_k), dtype=weight_dtype or score_dtype),
         x_TH.new_empty((tokens, top_k), dtype=torch.int64),
-        x_TH.new_empty(
-            (tokens, weight_EH.shape[0]), dtype=score_dtype if recipe.score == "identity" else dtype
-        ),
+        x_TH.new_empty((tokens, weight_EH.shape[0]), dtype=logits_dtype),
     )
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    _keep(ctx, inputs[:4], inputs[5], Recipe(*inputs[7:]), *output[1:])
+    tensors, (_, dtype, _), recipe = _read(inputs)
+    _keep(ctx, tensors, dtype, recipe, *output[1:])
     ctx.num_inputs = len(inputs)
 
 

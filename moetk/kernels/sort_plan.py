@@ -62,24 +62,24 @@ class Ranks(NamedTuple):
 
 
 class Known(NamedTuple):
-    """What who chose knows of the plan: all of it, or ranks. version, place: of experts_TK and of
-    the device when it was made."""
+    """What who chose knows of the plan: all of it, or ranks. version: of experts_TK, and where: the
+    stream and whether it was captured, when it was made."""
 
     made: Ranks | SortPlan
     version: int
-    place: tuple[Any, ...]
+    where: tuple[Any, ...]
 
-    def of(self, experts_TK: Tensor, kept_TK: Tensor | None, num_experts: int) -> bool:
-        """Whether it holds for this choice, here and now: torch has seen nobody write to the ids,
-        all are kept, and the same stream runs, within a CUDA graph's capture or outside as then. A
-        graph would go on with the plan of a choice that was made before it. (Two captures on one
-        stream are not told apart: a bank in one whose router is in the other reads the plan that
-        the other's replay left.)"""
+    def holds_for(self, experts_TK: Tensor, kept_TK: Tensor | None, num_experts: int) -> bool:
+        """Whether it is the plan of this choice, here and now: torch has seen nobody write to the
+        ids, all are kept, and the same stream runs, within a CUDA graph's capture or outside as
+        then. A graph would go on with the plan of a choice that was made before it. (Two captures
+        on one stream are not told apart: a bank in one whose router is in the other reads the plan
+        that the other's replay left.)"""
         return (
             kept_TK is None
             and self.version == experts_TK._version
             and self.made.num_experts == num_experts
-            and self.place == _place(experts_TK)
+            and self.where == _where(experts_TK)
         )
 
 
@@ -92,10 +92,10 @@ def known_of(experts_TK: Tensor, made: Ranks | SortPlan) -> Known | None:
     many = type(made) is Ranks and made.counts_BE.shape[0] > _MOST_BLOCKS
     if many or experts_TK.is_inference():
         return None
-    return Known(made, experts_TK._version, _place(experts_TK))
+    return Known(made, experts_TK._version, _where(experts_TK))
 
 
-def _place(tensor: Tensor) -> tuple[Any, ...]:
+def _where(tensor: Tensor) -> tuple[Any, ...]:
     if not tensor.is_cuda:
         return ()
     stream = torch._C._cuda_getCurrentRawStream(tensor.get_device())
@@ -114,7 +114,7 @@ def sort_plan(
     if experts_TK.is_cuda and num_experts <= _MOST_ON_GPU:
         if not direct(experts_TK):
             return SortPlan(*_sort_plan(experts_TK, kept_TK, num_experts))
-        if known is None or not known.of(experts_TK, kept_TK, num_experts):
+        if known is None or not known.holds_for(experts_TK, kept_TK, num_experts):
             return SortPlan(*_sort_on_gpu(experts_TK, kept_TK, num_experts))
         if type(known.made) is SortPlan:
             return known.made

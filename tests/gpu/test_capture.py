@@ -197,7 +197,9 @@ def test_a_choice_is_planned_on_the_stream_that_asks():
         want, side = layer.experts(x_TH, routing), torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
-            assert routing.known is not None and not routing.known.of(routing.experts_TK, None, E)
+            assert routing.known is not None and not routing.known.holds_for(
+                routing.experts_TK, None, E
+            )
             found = layer.experts(x_TH, routing)
         torch.cuda.current_stream().wait_stream(side)
         assert torch.equal(found, want)

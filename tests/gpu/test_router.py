@@ -136,7 +136,7 @@ def test_a_whole_router(name):
     assert torch.equal(again.experts_TK, routing.experts_TK)
     narrow = (x_TH, router.weight, router.gemm_dtype or x_TH.dtype, router.recipe())
     assert (again.known is not None) == (KERNELS and in_one_kernel(*narrow))
-    assert again.known is None or again.known.of(again.experts_TK, None, router.num_experts)
+    assert again.known is None or again.known.holds_for(again.experts_TK, None, router.num_experts)
     for known in (again.known, None):  # by what the router counted, and anew
         plan = sort_plan(again.experts_TK, None, router.num_experts, known)
         found = (plan.choice_N, plan.source_N, plan.slot_TK, plan.offsets_E)

@@ -18,7 +18,7 @@ from torch import Tensor
 from moetk.errors import MoeDtypeError, RouterConfigError
 from moetk.kernels.choose import MAX_EXPERTS, MAX_TOP_K
 from moetk.kernels.gpu.launch import divided, launch, power_of_two
-from moetk.kernels.gpu.select import columns_of, rounded, scores, select, softmax_of_row
+from moetk.kernels.gpu.select import rounded, scores, select, softmax_of_row
 from moetk.kernels.recipe import Recipe
 
 _TL: dict[torch.dtype, Any] = {
@@ -28,6 +28,15 @@ _TL: dict[torch.dtype, Any] = {
 }
 _NUM_WARPS = 4
 _TILE = 1024  # elements of one program: eight a thread
+
+
+@triton.jit
+def _columns(E: tl.constexpr, GROUPS: tl.constexpr, G: tl.constexpr, M: tl.constexpr):
+    """The expert of each column, and whether there is one."""
+    column_C = tl.arange(0, G * M)
+    size: tl.constexpr = E // GROUPS
+    expert_C = column_C // M * size + column_C % M
+    return expert_C, (column_C // M < GROUPS) & (column_C % M < size)
 
 
 @triton.jit
@@ -55,7 +64,7 @@ def _choose_kernel(
 ):
     row_R = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
     inside_R1 = (row_R < num_tokens)[:, None]
-    expert_C, real_C = columns_of(E, GROUPS, G, M)
+    expert_C, real_C = _columns(E, GROUPS, G, M)
     logits_RC = tl.load(
         logits_TE + row_R[:, None] * E + expert_C[None, :],
         mask=inside_R1 & real_C[None, :],

@@ -22,7 +22,7 @@ from moetk.kernels.gpu.select import rounded, select
 from moetk.kernels.recipe import Recipe
 from moetk.kernels.sort_plan import Ranks, SortPlan
 
-_TILE = 16384  # logits of a program that takes eight warps for them: 64 a thread, or 32
+_MANY = 8192  # logits of a program from which on it takes eight warps: 32 a thread, or 64
 _ROWS = (16, 32, 64, 128)
 _FEW = 64  # tokens of a single program, which then makes the plan too: a launch less
 _ENOUGH = 132  # programs; where fewer rows each would only read the weight more often
@@ -221,7 +221,7 @@ def _rows(num_tokens: int) -> int:
 @functools.cache
 def _reads(rows: int, columns: int, device: torch.device) -> tuple[int, int, int]:
     """How far a program reads at once along H, how many such reads are under way, and its warps."""
-    warps = 8 if 2 * rows * columns >= _TILE else 4
+    warps = 8 if rows * columns >= _MANY else 4
     if device.type == "cuda":
         properties: Any = torch.cuda.get_device_properties(device)  # of which stubs know little
         shared = properties.shared_memory_per_block_optin

@@ -99,15 +99,6 @@ def _in_best_groups(
 
 
 @triton.jit
-def columns_of(E: tl.constexpr, GROUPS: tl.constexpr, G: tl.constexpr, M: tl.constexpr):
-    """The expert of each column, and whether there is one."""
-    column_C = tl.arange(0, G * M)
-    size: tl.constexpr = E // GROUPS
-    expert_C = column_C // M * size + column_C % M
-    return expert_C, (column_C // M < GROUPS) & (column_C % M < size)
-
-
-@triton.jit
 def select(
     logits_RC,
     bias_E,

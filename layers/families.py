@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from moetk.experts import Activation, BankSpec, BankWeights, ClampedGated, Gated, GptOssGated
+from moetk.held import held
 from moetk.layers.swap import own_class
 from moetk.routers import (
     DeepSeekV3Router,
@@ -96,8 +97,8 @@ def bank_weights(experts: nn.Module, add_to_grad: bool = False) -> BankWeights:
     return BankWeights(
         experts.gate_up_proj,  # type: ignore[arg-type]
         experts.down_proj,  # type: ignore[arg-type]
-        getattr(experts, "gate_up_proj_bias", None),
-        getattr(experts, "down_proj_bias", None),
+        held(experts, "gate_up_proj_bias"),
+        held(experts, "down_proj_bias"),
         add_to_grad,
     )
 

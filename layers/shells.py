@@ -180,7 +180,7 @@ class RouterShell:
             trusted, duplicates = False, getattr(router, "duplicates", False)
         check_routing(
             routing,
-            len(x_TH),
+            x_TH.shape[0],
             site.spec.num_ids,
             where=site.route,
             duplicates=duplicates,

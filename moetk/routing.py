@@ -205,9 +205,8 @@ def check_routing(
 
 
 def _looks_at_values(values: bool | None, tensor: Tensor) -> bool:
-    if torch.compiler.is_compiling() or tensor.is_meta:
-        return False
-    return tensor.device.type == "cpu" if values is None else values
+    asked = tensor.device.type == "cpu" if values is None else values
+    return asked and not torch.compiler.is_compiling() and not tensor.is_meta
 
 
 def _shape(tensor: Tensor) -> str:

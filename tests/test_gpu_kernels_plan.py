@@ -193,7 +193,6 @@ def one_kernel_in_one_node() -> None:
 def one_kernel(recipe: Recipe) -> None:
     """Product, choice and plan, in two kernels for several blocks of tokens, else in one; odd
     sizes."""
-    from moetk.kernels.gpu.plan import place_on_gpu
     from moetk.kernels.gpu.route import route_on_gpu
     from moetk.kernels.route import in_one_kernel
 
@@ -213,8 +212,8 @@ def one_kernel(recipe: Recipe) -> None:
             (None, normal(4, num_experts), half),
             (normal(3, num_experts).to(half), None, whole),
         ):
-            weights_TK, experts_TK, logits_TE, made = route_on_gpu(
-                x_TH, weight_EH, bias_E, choice_bias_E, top_k, recipe, dtype, None
+            weights_TK, experts_TK, logits_TE, plan = route_on_gpu(
+                x_TH, weight_EH, bias_E, choice_bias_E, top_k, recipe, dtype, None, True
             )
             true_TE = x_TH.double() @ weight_EH.double().t()
             true_TE = true_TE if bias_E is None else true_TE + bias_E.double()
@@ -223,11 +222,12 @@ def one_kernel(recipe: Recipe) -> None:
             want_TK, want_weights_TK = choose_in_torch(logits_TE, choice_bias_E, top_k, recipe)
             assert torch.equal(experts_TK, want_TK)
             torch.testing.assert_close(weights_TK, want_weights_TK, rtol=2e-3, atol=1e-6)
-            few = isinstance(made, SortPlan)
-            assert few == (num_tokens in range(1, 65))
-            plan = astuple(made)[:4] if few else place_on_gpu(experts_TK, made)
-            for mine, true in zip(plan, sort_in_torch(experts_TK, None, num_experts), strict=True):
-                assert mine.dtype == true.dtype and torch.equal(mine, true)
+            assert (plan is None) == (num_tokens == 0)
+            if plan is None:
+                continue
+            true = sort_in_torch(experts_TK, None, num_experts)
+            for mine_, true_ in zip(astuple(plan)[:4], true, strict=True):
+                assert mine_.dtype == true_.dtype and torch.equal(mine_, true_)
 
 
 def exact_choice() -> None:

@@ -56,21 +56,21 @@ class Backend:
         spec: BankSpec | None = None,
         routing: type = TokenChoice,
     ) -> str | None:
+        if dtype in self.dtypes and device.type in self.device_types:
+            return self.also_needs(dtype, device, spec, routing)
         reasons = []
         if dtype not in self.dtypes:
             needs = " or ".join(str(d).removeprefix("torch.") for d in self.dtypes)
             reasons.append(f"dtype {str(dtype).removeprefix('torch.')}, needs {needs}")
         if device.type not in self.device_types:
             reasons.append(f"device {device.type}, needs {' or '.join(self.device_types)}")
-        if not reasons:
-            reasons += self.also_needs(dtype, device, spec, routing)
-        return "; ".join(reasons) or None
+        return "; ".join(reasons)
 
     def also_needs(
         self, dtype: torch.dtype, device: torch.device, spec: BankSpec | None, routing: type
-    ) -> list[str]:
+    ) -> str | None:
         """What else keeps it from running, on a dtype and device that it takes."""
-        return []
+        return None
 
     def why_not_unasked(self, device: torch.device) -> str | None:
         """Why `auto` leaves it to who asks for it by name, here and now, where it runs."""
@@ -78,21 +78,21 @@ class Backend:
 
 
 class _Reference(Backend):
-    def also_needs(self, *_: object) -> list[str]:
+    def also_needs(self, *_: object) -> str | None:
         if torch.compiler.is_compiling():
-            return ["its loop over the rows of each expert cannot be compiled"]
-        return []
+            return "its loop over the rows of each expert cannot be compiled"
+        return None
 
 
 class _Fused(Backend):
     def also_needs(
         self, dtype: torch.dtype, device: torch.device, spec: BankSpec | None, routing: type
-    ) -> list[str]:
-        reasons = [_lacks_hopper(device)]
+    ) -> str | None:
+        unread = None
         if routing is not TokenChoice:
-            reasons.append(f"it reads a TokenChoice, the router returns a {routing.__name__}")
-        reasons.append(self.why_not_spec(spec, dtype))
-        return [reason for reason in reasons if reason]
+            unread = f"it reads a TokenChoice, the router returns a {routing.__name__}"
+        reasons = (_lacks_hopper(device), unread, self.why_not_spec(spec, dtype))
+        return "; ".join([reason for reason in reasons if reason]) or None
 
     def why_not_spec(self, spec: BankSpec | None, dtype: torch.dtype) -> str | None:
         return None if spec is None else why_not_fused(spec, dtype)

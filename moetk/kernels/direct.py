@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,8 +23,15 @@ def direct(tensor: Tensor) -> bool:
         and not torch.compiler.is_compiling()
         and type(tensor) in PLAIN
         and torch._C._len_torch_dispatch_stack() == 0
+        and not torch._C._are_functorch_transforms_active()
         and forward_ad._current_level < 0
     )
+
+
+def node(function: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """The function's `apply`, for where `direct` holds: without what torch does in Python before
+    it, for the sake of functorch's transforms."""
+    return super(torch.autograd.Function, function).apply  # type: ignore[misc,no-any-return]
 
 
 PLAIN = (Tensor, torch.nn.Parameter)

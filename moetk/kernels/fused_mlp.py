@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from moetk.errors import BackendError
-from moetk.kernels.direct import direct, on_device_of
+from moetk.kernels.direct import direct, node, on_device_of
 from moetk.kernels.first_order import refuse_second_order
 from moetk.kernels.form import Form
 from moetk.kernels.gather_sum import gather_sum
@@ -71,32 +71,36 @@ def experts_mlp(
     """
     tensors = (x_TH, weights_TK, up, down, up_bias, down_bias)
     keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    if add_to_grad and keep:
-        check_adds(x_TH, up, down)
-    if direct(x_TH):
-        y_TH: Tensor
-        if keep:
-            y_TH = _Direct.apply(*tensors, plan, form, add_to_grad)
-        else:
-            with on_device_of(x_TH):
-                y_TH, _ = _gpu().forward(*tensors, plan, form, False)
+    if not direct(x_TH):
+        if add_to_grad and keep:
+            check_adds(x_TH, up, down)
+        fields = (plan.choice_N, plan.source_N, plan.slot_TK, plan.offsets_E)
+        return moe_mlp(*tensors, *fields, *astuple(form), keep)[0]  # type: ignore[no-any-return]
+    y_TH: Tensor
+    if keep:
+        y_TH = _node(*tensors, plan, form, add_to_grad)
+        if add_to_grad:
+            check_adds(x_TH, up, down)  # here, while the device is at work: it takes the host long
         return y_TH
-    fields = (plan.choice_N, plan.source_N, plan.slot_TK, plan.offsets_E)
-    return moe_mlp(*tensors, *fields, *astuple(form), keep)[0]  # type: ignore[no-any-return]
+    with on_device_of(x_TH):
+        y_TH, _ = _gpu().forward(*tensors, plan, form, False)
+    return y_TH
 
 
 def check_adds(x_TH: Tensor, up: Tensor, down: Tensor) -> None:
     """Raise BackendError where gradients of up and down cannot be added to .grad behind autograd's
     back: somebody else waits for them."""
+    watched = not direct(x_TH)
+    several = not watched and several_ranks()
     for name, weight in (("up", up), ("down", down)):
         why = None
-        if not direct(x_TH):
+        if watched:
             why = "it needs eager CUDA (no torch.compile, no dispatch mode)"
         elif weight.requires_grad and not weight.is_leaf:
             why = f"{name} is no parameter but computed (LoRA, a parametrisation)"
         elif weight._backward_hooks or weight._post_accumulate_grad_hooks:
             why = f"{name} has gradient hooks (an optimizer in backward), which would not run"
-        elif several_ranks():
+        elif several:
             why = "several ranks run, and who reduces gradients (DDP, FSDP2) waits for them"
         if why:
             raise BackendError(f"add_to_grad=True: {why}. Leave it out: gradients are returned.")
@@ -151,6 +155,9 @@ class _Direct(torch.autograd.Function):
             for grad, want, there in zip(grads, wanted, added, strict=True)
         ]
         return (*returned, None, None, None)
+
+
+_node = node(_Direct)
 
 
 # An operator's arguments are tensors, numbers and names: it takes plan and form field by field.

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from moetk.errors import MoeShapeError
 from moetk.kernels.choose import choose, choose_backward, choose_in_torch
-from moetk.kernels.direct import PLAIN, direct, on_device_of
+from moetk.kernels.direct import PLAIN, direct, node, on_device_of
 from moetk.kernels.first_order import refuse_second_order
 from moetk.kernels.recipe import FIELDS, Recipe, check_recipe
 from moetk.kernels.router_logits import (
@@ -59,18 +59,17 @@ def route(
     The gradient of the logits counts too: of a loss that reads them. Raises as `router_logits` and
     `choose`, and MoeShapeError for a bias that is not (E,).
     """
-    for name, bias in (("bias_E", bias_E), ("choice_bias_E", choice_bias_E)):
-        if bias is not None and bias.shape != weight_EH.shape[:1]:
-            raise MoeShapeError(
-                f"route: {name} is {tuple(bias.shape)}, expected (E={weight_EH.shape[0]},)."
-            )
+    if bias_E is not None:
+        _check_bias("bias_E", bias_E, weight_EH)
+    if choice_bias_E is not None:
+        _check_bias("choice_bias_E", choice_bias_E, weight_EH)
     tensors = (x_TH, weight_EH, bias_E, choice_bias_E)
     settings = (top_k, gemm_dtype or x_TH.dtype, weight_dtype)
     if direct(x_TH):
         check_width(x_TH, weight_EH)
         _check_recipe(recipe, weight_EH.shape[0], top_k)
         if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors[:3]):
-            return Routed(*_Direct.apply(*tensors, settings, recipe))
+            return Routed(*_node(*tensors, settings, recipe))
         # Without a node of the graph, which costs the host what a launch costs.
         return _forward(*tensors, *settings, recipe)
     if x_TH.is_cuda and in_one_kernel(x_TH, weight_EH, settings[1], recipe):
@@ -82,6 +81,13 @@ def route(
     if recipe.score == "identity":
         logits_TE = logits_TE.to(recipe.score_dtype or logits_TE.dtype)
     return Routed(*choose(logits_TE, choice_bias_E, top_k, recipe, weight_dtype), logits_TE)
+
+
+def _check_bias(name: str, bias: Tensor, weight_EH: Tensor) -> None:
+    if bias.shape != weight_EH.shape[:1]:
+        raise MoeShapeError(
+            f"route: {name} is {tuple(bias.shape)}, expected (E={weight_EH.shape[0]},)."
+        )
 
 
 _check_recipe = remembered(check_recipe)
@@ -133,14 +139,16 @@ def _forward(
     dtype: torch.dtype,
     weight_dtype: torch.dtype | None,
     recipe: Recipe,
+    planned: bool = True,
 ) -> Routed:
-    """The kernels, called as they are."""
+    """The kernels, called as they are. planned: the plan is of use, to whom it is handed."""
     with on_device_of(x_TH):
         if in_one_kernel(x_TH, weight_EH, dtype, recipe):
-            weights_TK, experts_TK, logits_TE, made = _gpu().route_on_gpu(
-                x_TH, weight_EH, bias_E, choice_bias_E, top_k, recipe, dtype, weight_dtype
+            planned = planned and not torch.is_inference_mode_enabled()
+            weights_TK, experts_TK, logits_TE, plan = _gpu().route_on_gpu(
+                x_TH, weight_EH, bias_E, choice_bias_E, top_k, recipe, dtype, weight_dtype, planned
             )
-            return Routed(experts_TK, weights_TK, logits_TE, known_of(experts_TK, made))
+            return Routed(experts_TK, weights_TK, logits_TE, known_of(experts_TK, plan))
         if _widens(x_TH, weight_EH, dtype):
             logits_TE = product_in_fp32(x_TH, weight_EH)
             logits_TE = logits_TE if bias_E is None else logits_TE + bias_E
@@ -241,6 +249,9 @@ class _Direct(torch.autograd.Function):
         return (*grads, None, None, None)
 
 
+_node = node(_Direct)
+
+
 # An op's arguments are tensors, numbers and names: it takes the recipe's fields one by one.
 @torch.library.custom_op(
     "moetk::route",
@@ -267,7 +278,7 @@ def _read(args: Any) -> tuple[Any, Any, Recipe]:
 @_route.register_kernel("cuda")
 def _(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     tensors, settings, recipe = _read(args)
-    routed = _forward(*tensors, *settings, recipe)  # type: ignore[call-arg]
+    routed = _forward(*tensors, *settings, recipe, planned=False)  # type: ignore[call-arg,misc]
     return routed.weights_TK, routed.experts_TK, routed.logits_TE
 
 

@@ -47,25 +47,11 @@ class SortPlan:
         return self.offsets_E.diff(prepend=self.offsets_E.new_zeros(1))
 
 
-class Ranks(NamedTuple):
-    """What was counted of a choice as it was made. rank_TK: int32, how many choices of its block of
-    `rows` tokens name the same expert before this one. counts_BE: int32, how many choices of a
-    block name each expert. Every id lies in [0, E)."""
-
-    rank_TK: Tensor
-    counts_BE: Tensor
-    rows: int
-
-    @property
-    def num_experts(self) -> int:
-        return self.counts_BE.shape[1]
-
-
 class Known(NamedTuple):
-    """What who chose knows of the plan: all of it, or ranks. version: of experts_TK, and where: the
-    stream and whether it was captured, when it was made."""
+    """The plan that was made with a choice. version: of experts_TK, and where: the stream and
+    whether it was captured, when it was made."""
 
-    made: Ranks | SortPlan
+    plan: SortPlan
     version: int
     where: tuple[Any, ...]
 
@@ -78,21 +64,17 @@ class Known(NamedTuple):
         return (
             kept_TK is None
             and self.version == experts_TK._version
-            and self.made.num_experts == num_experts
+            and self.plan.num_experts == num_experts
             and self.where == _where(experts_TK)
         )
 
 
-_MOST_BLOCKS = 1024  # each program of the plan reads the counts of all
-
-
-def known_of(experts_TK: Tensor, made: Ranks | SortPlan) -> Known | None:
-    """To be handed to `sort_plan` with the choice; None where that could not tell a stale one
-    (inference mode), or where sorting anew is cheaper."""
-    many = type(made) is Ranks and made.counts_BE.shape[0] > _MOST_BLOCKS
-    if many or experts_TK.is_inference():
+def known_of(experts_TK: Tensor, plan: SortPlan | None) -> Known | None:
+    """To be handed to `sort_plan` with the choice; None where there is no plan, or where that could
+    not tell a stale one (inference mode)."""
+    if plan is None or experts_TK.is_inference():
         return None
-    return Known(made, experts_TK._version, _where(experts_TK))
+    return Known(plan, experts_TK._version, _where(experts_TK))
 
 
 def _where(tensor: Tensor) -> tuple[Any, ...]:
@@ -109,17 +91,14 @@ def sort_plan(
 
     experts_TK: int64; ids outside [0, num_experts) count as unused, and so does what kept_TK (bool,
     None = all) drops. known: of this very choice. On CUDA up to 4096 experts: the op
-    `moetk::sort_plan`, or what is left to do where a plan is partly known.
+    `moetk::sort_plan`.
     """
     if experts_TK.is_cuda and num_experts <= _MOST_ON_GPU:
         if not direct(experts_TK):
             return SortPlan(*_sort_plan(experts_TK, kept_TK, num_experts))
-        if known is None or not known.holds_for(experts_TK, kept_TK, num_experts):
-            return SortPlan(*_sort_on_gpu(experts_TK, kept_TK, num_experts))
-        if type(known.made) is SortPlan:
-            return known.made
-        with on_device_of(experts_TK):
-            return SortPlan(*_gpu().place_on_gpu(experts_TK, known.made))
+        if known is not None and known.holds_for(experts_TK, kept_TK, num_experts):
+            return known.plan
+        return SortPlan(*_sort_on_gpu(experts_TK, kept_TK, num_experts))
     choice_N, source_N, slot_TK, offsets_E = sort_in_torch(experts_TK, kept_TK, num_experts)
     on_cpu = experts_TK.device.type == "cpu" and not torch.compiler.is_compiling()
     full = on_cpu and int(offsets_E[-1]) == choice_N.numel()

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from moetk.context import RouterContext
+from moetk.held import held
 from moetk.kernels.choose import MAX_EXPERTS, MAX_TOP_K
 from moetk.kernels.recipe import Recipe
 from moetk.kernels.route import route
@@ -42,8 +43,8 @@ def choose_fused(
     experts_TK, weights_TK, logits_TE, known = route(
         x_TH,
         router.weight,
-        getattr(router, "bias", None),
-        getattr(router, "e_score_correction_bias", None),
+        held(router, "bias"),
+        held(router, "e_score_correction_bias"),
         router.top_k,
         recipe,
         router.gemm_dtype,

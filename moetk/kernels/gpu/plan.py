@@ -14,7 +14,6 @@ import triton.language as tl
 from torch import Tensor
 
 from moetk.kernels.gpu.launch import dense, divided, launch, power_of_two
-from moetk.kernels.sort_plan import Ranks
 
 _BLOCK = 256  # choices of one program
 _PART = 32  # choices that a block is compared with at a time; with twice as many it spills
@@ -270,20 +269,22 @@ def _place_ranked_kernel(
     tl.store(source_N + row, token, mask=inside)
 
 
-def place_on_gpu(experts_TK: Tensor, ranks: Ranks) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`sort_on_gpu` in one launch, for choices that were counted and ranked as they were made."""
-    num_tokens, top_k = experts_TK.shape
-    plan = empty_plan(experts_TK, ranks.num_experts)
-    if num_tokens == 0:
-        plan[-1].zero_()
-        return plan
-    num_blocks = ranks.counts_BE.shape[0]
-    columns, choices = power_of_two(ranks.num_experts), power_of_two(top_k)
+def place_on_gpu(
+    experts_TK: Tensor, rank_TK: Tensor, counts_BE: Tensor, rows: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`sort_on_gpu` in one launch, of choices that were counted and ranked as they were made.
+
+    rank_TK: int32, how many choices of its block of `rows` tokens name the same expert before this
+    one. counts_BE: int32, how many choices of a block name each expert. Every id lies in [0, E).
+    """
+    (num_tokens, top_k), (num_blocks, num_experts) = experts_TK.shape, counts_BE.shape
+    plan = empty_plan(experts_TK, num_experts)
+    columns, choices = power_of_two(num_experts), power_of_two(top_k)
     launch(
         _place_ranked_kernel,
         (num_blocks,),
-        (experts_TK, ranks.rank_TK, ranks.counts_BE, *plan, num_tokens, num_blocks),
-        (top_k, ranks.num_experts, columns, ranks.rows, choices, _COUNTS // columns),
+        (experts_TK, rank_TK, counts_BE, *plan, num_tokens, num_blocks),
+        (top_k, num_experts, columns, rows, choices, _COUNTS // columns),
     )
     return plan
 

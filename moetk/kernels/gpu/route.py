@@ -17,14 +17,15 @@ from torch import Tensor
 
 from moetk.kernels.gpu.choose import constants_of
 from moetk.kernels.gpu.launch import Tiled, dense, divided, launch
-from moetk.kernels.gpu.plan import empty_plan
+from moetk.kernels.gpu.plan import empty_plan, place_on_gpu
 from moetk.kernels.gpu.select import rounded, select
 from moetk.kernels.recipe import Recipe
-from moetk.kernels.sort_plan import Ranks, SortPlan
+from moetk.kernels.sort_plan import SortPlan
 
 _MANY = 8192  # logits of a program from which on it takes eight warps: 32 a thread, or 64
 _ROWS = (16, 32, 64, 128)
 _FEW = 64  # tokens of a single program, which then makes the plan too: a launch less
+_MOST_BLOCKS = 1024  # each program of the plan reads the counts of all
 _ENOUGH = 132  # programs; where fewer rows each would only read the weight more often
 _ROOM = 200 * 1024  # bytes of shared memory that the deeper reads take, at 128 columns
 _ALIGNED = 8  # numbers in 16 bytes, of which the copy engine's rows are multiples
@@ -150,9 +151,10 @@ def route_on_gpu(
     recipe: Recipe,
     dtype: torch.dtype,
     weight_dtype: torch.dtype | None,
-) -> tuple[Tensor, Tensor, Tensor, Ranks | SortPlan]:
-    """weights_TK, experts_TK, logits_TE of `dtype`, and the ranks of the choices, or their plan
-    where they are few.
+    planned: bool,
+) -> tuple[Tensor, Tensor, Tensor, SortPlan | None]:
+    """weights_TK, experts_TK, logits_TE of `dtype`, and the plan of the choices: by the same kernel
+    where they are few, else by one more, where it is `planned`; None where sorting is cheaper.
 
     Raises RouterConfigError past 32 choices, MoeDtypeError on a score dtype wider than float32.
     """
@@ -171,18 +173,15 @@ def route_on_gpu(
     columns = groups * members
     rows = _rows(num_tokens)
     num_blocks = divided(num_tokens, rows)
-    made: Ranks | SortPlan
+    plan: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
     written: tuple[Tensor | None, ...]
     if num_blocks == 1:
-        made = plan = SortPlan(*empty_plan(experts_TK, num_experts))
-        written = (plan.slot_TK, None, plan.choice_N, plan.source_N, plan.offsets_E)
+        choice_N, source_N, slot_TK, offsets_E = plan = empty_plan(experts_TK, num_experts)
+        written = (slot_TK, None, choice_N, source_N, offsets_E)
     else:
-        made = Ranks(
-            x_TH.new_empty((num_tokens, top_k), dtype=torch.int32),
-            x_TH.new_empty((num_blocks, num_experts), dtype=torch.int32),
-            rows,
-        )
-        written = (made.rank_TK, made.counts_BE, None, None, None)
+        rank_TK = x_TH.new_empty((num_tokens, top_k), dtype=torch.int32)
+        counts_BE = x_TH.new_empty((num_blocks, num_experts), dtype=torch.int32)
+        written = (rank_TK, counts_BE, None, None, None)
     if num_tokens:
         x_TH, weight_EH = dense(x_TH), dense(weight_EH)
         step, stages, warps = _reads(rows, columns, x_TH.device)
@@ -209,13 +208,18 @@ def route_on_gpu(
             warps=warps,
             stages=stages,
         )
-    return weights_TK, experts_TK, logits_TE, made
+        if plan is None and planned and num_blocks <= _MOST_BLOCKS:
+            plan = place_on_gpu(experts_TK, rank_TK, counts_BE, rows)
+    return weights_TK, experts_TK, logits_TE, None if plan is None else SortPlan(*plan)
 
 
 def _rows(num_tokens: int) -> int:
     """Of one program: all, where they are few; else as few as keep the device busy."""
     programs = 1 if num_tokens <= _FEW else _ENOUGH
-    return next((rows for rows in _ROWS if num_tokens <= rows * programs), _ROWS[-1])
+    for rows in _ROWS:
+        if num_tokens <= rows * programs:
+            return rows
+    return _ROWS[-1]
 
 
 @functools.cache

@@ -16,12 +16,11 @@ from moetk.errors import MoeShapeError
 from moetk.kernels import sort_plan as room
 from moetk.kernels.recipe import Recipe
 from moetk.kernels.route import in_one_kernel, route
-from moetk.kernels.sort_plan import Ranks, known_of
+from moetk.kernels.sort_plan import SortPlan, known_of, sort_in_torch
 from moetk.routers import MixtralRouter
 from moetk.routers.fused import why_not_fused
 from moetk.routing import TokenChoice
 
-NONE = torch.zeros(0, dtype=torch.int32)
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
 
@@ -29,20 +28,20 @@ def ids() -> Tensor:
     return torch.tensor([[0, 2], [1, 0]])
 
 
-def ranks(blocks: int = 1) -> Ranks:
-    return Ranks(NONE, torch.zeros(blocks, 3, dtype=torch.int32), 16)
+def plan() -> SortPlan:
+    return SortPlan(*sort_in_torch(ids(), None, 3))
 
 
-def test_the_choice_that_was_ranked_is_planned_by_it() -> None:
+def test_the_choice_that_was_planned_is_not_sorted_again() -> None:
     experts_TK = ids()
-    known = known_of(experts_TK, ranks())
+    known = known_of(experts_TK, plan())
     assert known is not None and known.holds_for(experts_TK, None, 3)
 
 
 @pytest.mark.parametrize("change", ["written to", "dropped", "another bank's", "elsewhere"])
 def test_another_choice_is_sorted_anew(change: str, monkeypatch: pytest.MonkeyPatch) -> None:
     experts_TK = ids()
-    known = known_of(experts_TK, ranks())
+    known = known_of(experts_TK, plan())
     assert known is not None
     kept_TK = torch.ones(2, 2, dtype=torch.bool) if change == "dropped" else None
     if change == "written to":
@@ -52,16 +51,16 @@ def test_another_choice_is_sorted_anew(change: str, monkeypatch: pytest.MonkeyPa
     assert not known.holds_for(experts_TK, kept_TK, 4 if "bank" in change else 3)
 
 
-def test_what_cannot_be_checked_or_counted_cheaply_is_not_known() -> None:
+def test_what_cannot_be_checked_is_not_known() -> None:
     with torch.inference_mode():
-        assert known_of(ids(), ranks()) is None
-    assert known_of(ids(), ranks(blocks=5000)) is None
+        assert known_of(ids(), plan()) is None
+    assert known_of(ids(), None) is None
 
 
 def test_another_routing_made_of_this_one_knows_nothing() -> None:
     routing = TokenChoice(ids(), torch.rand(2, 2), 3)
     assert routing.known is None
-    object.__setattr__(routing, "known", known_of(routing.experts_TK, ranks()))
+    object.__setattr__(routing, "known", known_of(routing.experts_TK, plan()))
     assert routing.known is not None
     assert replace(routing, num_experts=3).known is None
     assert _pytree.tree_map(lambda leaf: leaf, routing).known is None

@@ -18,7 +18,7 @@ from moetk.equivalence.judge import floor
 from moetk.errors import MoeDtypeError, RouterConfigError
 from moetk.kernels.choose import choose_backward_in_torch, choose_in_torch
 from moetk.kernels.recipe import Recipe
-from moetk.kernels.sort_plan import SortPlan, sort_in_torch
+from moetk.kernels.sort_plan import sort_in_torch
 from tests.interpreted import outcomes_of, tell
 
 RECIPES = {

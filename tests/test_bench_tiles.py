@@ -65,11 +65,11 @@ def test_an_older_table_is_refused_by_name(tmp_path, monkeypatch):
     from moetk.kernels.gpu import tiles
 
     written = tmp_path / "old.csv"
-    written.write_text("kernel,rows,columns,reduction,m,n,k,warps,stages,group,per_sm\n")
+    written.write_text("kernel,rows,columns,reduction,m,n,k,warps,stages,group,per_sm,tail\n")
     monkeypatch.setenv("MOETK_TILES", str(written))
     tiles.tile_table.cache_clear()
     try:
-        with pytest.raises(BackendError, match="old.csv lacks the column 'tail'.*--tune"):
+        with pytest.raises(BackendError, match="old.csv lacks the column 'reduces'.*--tune"):
             tiles.tile_table()
     finally:
         tiles.tile_table.cache_clear()

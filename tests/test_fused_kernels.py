@@ -281,6 +281,7 @@ def products(counts: list[int], a: int, b: int) -> None:
         (Tile(16, 16, 16, 4, 2, group=2), False),
         (Tile(32, 16, 16, 4, 2, group=1, per_sm=2, tail=16), True),
         (Tile(16, 16, 16, 4, 2, per_sm=1), False),
+        (Tile(16, 16, 16, 4, 2, reduces=1), False),
     ):
         held = weights_EAB.transpose(1, 2).contiguous() if first else weights_EAB
         how = {"columns_first": first, "bias_EB": bias_EB, "tile": tile}

@@ -91,7 +91,8 @@ def tiles_to_try(kernel: str, rows: float) -> list[Tile]:
 
     family = "up" if kernel == "up" else "rows" if kernel in ("down", "da", "dx") else "outer"
     size = "many" if rows >= 128 else "some" if rows >= 32 else "few"
-    return [Tile(*numbers) for numbers in _TRY[family, size]]
+    tiles = [Tile(*numbers) for numbers in _TRY[family, size]]
+    return tiles if kernel.endswith("_add") else [tile for tile in tiles if not tile.reduces]
 
 
 def _product(kernel: str, shape: LayerShape) -> tuple[int, int]:
@@ -154,8 +155,8 @@ def _runs(shape: LayerShape, tokens: int) -> dict[str, Callable[[Tile], object]]
     }
 
 
-# (m, n, k, warps, stages, group, programs on a multiprocessor, tail). For "up", n counts columns of
-# the gate alone: the tile of the product is twice as wide.
+# (m, n, k, warps, stages, group, programs on a multiprocessor, tail, reduces). For "up", n counts
+# columns of the gate alone: the tile of the product is twice as wide.
 _TRY: dict[tuple[str, str], list[tuple[int, ...]]] = {
     ("up", "many"): [
         (128, 128, 64, 8, 4, 8),
@@ -222,6 +223,12 @@ _TRY: dict[tuple[str, str], list[tuple[int, ...]]] = {
         (64, 128, 64, 4, 3, 8),
     ],
     ("outer", "many"): [
+        (128, 128, 32, 4, 5, 4, 0, 0, 1),
+        (128, 128, 32, 4, 4, 4, 0, 0, 1),
+        (128, 128, 32, 4, 4, 16, 0, 0, 1),
+        (128, 128, 64, 4, 3, 4, 0, 0, 1),
+        (128, 256, 32, 8, 5, 4, 0, 0, 1),
+        (256, 128, 64, 8, 4, 8, 0, 0, 1),
         (256, 128, 64, 8, 3, 8),
         (128, 256, 64, 8, 4, 8),
         (128, 128, 32, 4, 5, 4),

@@ -18,7 +18,7 @@ from moetk.experts.reference import reference
 from moetk.kernels import fused_mlp
 from moetk.kernels.sort_plan import sort_plan
 from tests.gpu.calls import BF16, Call, drawn, on_kernels
-from tests.gpu.device import needs_kernels
+from tests.gpu.device import DEVICE, needs_kernels, normal
 from tests.gpu.judged import assert_bitwise, assert_passes
 
 SEEDS = range(3)
@@ -200,6 +200,45 @@ def test_add_to_grad_adds(spec):
         assert_passes(
             [({name: leaves[name].grad}, {name: twice}, {name: truth})], reduction=2 * 300
         )
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", [BF16, torch.float16])
+@pytest.mark.parametrize("gather", ["none", "left", "right"])
+def test_a_sum_that_the_copy_engine_adds_to(gather, dtype):
+    """Of 128 x 128 tiles the last reaches over the edge; experts of few and of many rows, and of
+    none, whose sums stay as they were; behind them rows of nobody."""
+    from moetk.kernels.gpu.outer import outer
+    from moetk.kernels.gpu.tiles import Tile
+
+    counts, tokens, a, b = (0, 3, 500, 64, 0, 130), 300, 256, 200
+    ends, used = torch.tensor(counts, device=DEVICE).cumsum(0).int(), sum(counts)
+    source_N = torch.randint(tokens, (used + 9,), device=DEVICE, dtype=torch.int32)
+    left = normal(1, tokens if gather == "left" else used + 9, a, dtype=dtype)
+    right = normal(2, tokens if gather == "right" else used + 9, b, dtype=dtype)
+    for side, operand in (("left", left), ("right", right)):
+        if gather != side:
+            operand[used:] = float("nan")
+    before_EAB = normal(3, len(counts), a, b, dtype=dtype)
+    at = source_N.long()[:used]
+    rows_NA = left[at] if gather == "left" else left[:used]
+    rows_NB = right[at] if gather == "right" else right[:used]
+    sums = [x.T @ y for x, y in zip(rows_NA.split(counts), rows_NB.split(counts), strict=True)]
+    exact = [
+        x.double().T @ y.double()
+        for x, y in zip(rows_NA.split(counts), rows_NB.split(counts), strict=True)
+    ]
+    found = []
+    for _ in range(2):
+        into = before_EAB.clone()
+        at_N = None if gather == "none" else source_N
+        tile = Tile(128, 128, 32, 4, 5, 4, reduces=1)
+        outer("", left, right, ends, source_N=at_N, gather=gather, into_EAB=into, tile=tile)
+        found.append({"sum": into})
+    assert_bitwise(*found)
+    assert torch.equal(found[0]["sum"][0], before_EAB[0])
+    eager, truth = before_EAB + torch.stack(sums), before_EAB.double() + torch.stack(exact)
+    assert_passes([(found[0], {"sum": eager}, {"sum": truth})], reduction=max(counts))
 
 
 def _gradients(results: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

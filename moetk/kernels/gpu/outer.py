@@ -44,7 +44,7 @@ def _outer(
     pm, pn = in_groups(pid % (num_m * num_n), num_m, num_n, GM)
     start = tl.where(expert > 0, tl.load(offsets_ptr + tl.maximum(expert - 1, 0)), 0)
     end = tl.load(offsets_ptr + expert)
-    if ADD and start == end:
+    if ADD != "nothing" and start == end:
         return
     k_range = tl.arange(0, BK)
     m = pm * BM + tl.arange(0, BM)
@@ -106,14 +106,20 @@ def _outer(
                 left = tl.where(mine, left_desc.load([whole, pm * BM]), 0.0)
                 right = rows
         acc = tl.dot(left.T, right, acc)
-    if ADD and even:
-        acc += c_desc.load([expert * A + pm * BM, pn * BN]).to(tl.float32)
-    elif ADD:
-        acc += tl.load(c, mask=ok, other=0.0).to(tl.float32)
-    if even:
-        c_desc.store([expert * A + pm * BM, pn * BN], acc.to(c_ptr.dtype.element_ty))
+    dtype = c_ptr.dtype.element_ty
+    if ADD == "in L2":
+        c_desc.atomic_add([expert * A + pm * BM, pn * BN], acc.to(dtype))
     else:
-        tl.store(c, acc.to(c_ptr.dtype.element_ty), mask=ok)
+        if ADD == "rounded":
+            acc = acc.to(dtype).to(tl.float32)
+        if ADD != "nothing" and even:
+            acc += c_desc.load([expert * A + pm * BM, pn * BN]).to(tl.float32)
+        elif ADD != "nothing":
+            acc += tl.load(c, mask=ok, other=0.0).to(tl.float32)
+        if even:
+            c_desc.store([expert * A + pm * BM, pn * BN], acc.to(dtype))
+        else:
+            tl.store(c, acc.to(dtype), mask=ok)
 
 
 def outer(
@@ -130,9 +136,11 @@ def outer(
     """(E, A, B): for each expert the sum over its rows of left[row] x right[row], in their dtype.
 
     gather: which of the two, "left" or "right", is (T, width) and read at source_N; the other, and
-    with "none" both, are (N, width). into: is added to, in place, with one rounding, and returned;
-    None = a new tensor. kernel: its name in the table of tiles, "_add" behind it with into. An
-    expert without rows gets zeros. Sums run in the order of the rows, in fp32, without atomics.
+    with "none" both, are (N, width). into: is added to, in place, and returned; None = a new
+    tensor. kernel: its name in the table of tiles, "_add" behind it with into. An expert without
+    rows gets zeros. Sums run in the order of the rows, in fp32, and are rounded when they were
+    added to `into`; where the tile `reduces`, before and after, as by torch. Each number is
+    written, or added to, once: the same bits from run to run.
     """
     num_experts, a, b = offsets_E.shape[0], left.shape[1], right.shape[1]
     num_rows = (left if gather == "right" else right).shape[0]
@@ -160,12 +168,15 @@ def outer(
             stages=tile.stages,
         )
         return c_EAB
-    fetches = adds and gather == "none" and tile.n >= _LINE and not INTERPRETED
+    add = "read" if adds else "nothing"
+    if adds and tile.reduces and a % tile.m == 0:  # else a tile reaches into the next expert's
+        add = "rounded" if INTERPRETED else "in L2"  # the interpreter has no such reduction
+    fetches = add == "read" and gather == "none" and tile.n >= _LINE and not INTERPRETED
     launch(
         _outer,
         (num_experts * divided(a, tile.m) * divided(b, tile.n),),
         (*operands, c_EAB, c_desc),
-        (a, b, gather, adds, _LINE if fetches else 0, tile.m, tile.n, tile.k, tile.group),
+        (a, b, gather, add, _LINE if fetches else 0, tile.m, tile.n, tile.k, tile.group),
         warps=tile.warps,
         stages=tile.stages,
     )

@@ -68,7 +68,7 @@ def launch(
         # launched there; a descriptor cannot be made without one.
         torch.zeros(1, device=device)
         _thread.device = device
-    kinds: list[Any] = []
+    kinds: list[Any] = [id(kernel), device, warps, stages, constants]
     flat: list[Any] = []
     addresses, elsewhere = 0, False
     for arg in args:
@@ -76,13 +76,16 @@ def launch(
         if kind is Tensor or kind is Parameter:
             address = arg.data_ptr()
             addresses |= address
-            elsewhere |= arg.get_device() != device
+            if arg.get_device() != device:
+                elsewhere = True
             kinds.append(arg.dtype)
             flat.append(address)
         elif kind is Tiled:
-            addresses |= arg.base.data_ptr()
-            elsewhere |= arg.base.get_device() != device
-            kinds.append(arg.base.dtype)
+            base = arg.base
+            addresses |= base.data_ptr()
+            if base.get_device() != device:
+                elsewhere = True
+            kinds.append(base.dtype)
             flat.append(arg)
         else:
             # What Triton compiles anew for: of a float and of None, that it is one.
@@ -91,7 +94,7 @@ def launch(
     if elsewhere or addresses % 16:  # refused by Triton, or rare and other code: it finds it
         _by_triton(kernel, grid, args, constants, warps, stages)
         return
-    key = (id(kernel), device, warps, stages, constants, *kinds)
+    key = tuple(kinds)
     compiled = _compiled.get(key)
     if compiled is None:
         made = _by_triton(kernel, grid, args, constants, warps, stages)

@@ -230,7 +230,8 @@ def replace_moe(
     seed: of the routers' noise; None = torch's initial seed.
     add_to_grad: with backend "fused" or "te", backward adds the experts' gradients into .grad
         itself when there is one (gradient accumulation), which saves a copy of them and a pass over
-        it; then use loss.backward(), not torch.autograd.grad. A CUDA graph goes on adding to the
+        it (with one rounding, or as torch with two, whichever is faster at these sizes); then use
+        loss.backward(), not torch.autograd.grad. A CUDA graph goes on adding to the
         gradients it was recorded with: keep them, by zero_grad(set_to_none=False). BackendError
         where others wait for gradients.
 

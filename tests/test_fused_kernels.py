@@ -304,6 +304,25 @@ def products(counts: list[int], a: int, b: int) -> None:
     near(segment_sum(other_NB, offsets_E), twin.segment_sum(clean_NB, offsets_E))
 
 
+def a_sum_that_is_rounded_before_it_is_added() -> None:
+    """What the copy engine adds in L2, to the bit; a tile that would reach into the next expert's
+    matrix is added with one rounding as ever."""
+    from moetk.kernels.gpu.outer import outer
+    from moetk.kernels.gpu.tiles import Tile
+
+    torch.manual_seed(0)
+    offsets_E, tile = torch.tensor([9, 9, 24]).int(), Tile(16, 16, 16, 4, 2, reduces=1)
+    for a, rounds in ((32, True), (24, False)):
+        left, right = normal(24, a).half(), normal(24, 24).half()
+        before = (normal(3, a, 24) * 3).half()
+        exact = grouped_outer(left.float(), right.float(), offsets_E)
+        found = outer("dup", left, right, offsets_E, into_EAB=before.clone(), tile=tile)
+        once = (before.float() + exact).half()
+        twice = (before.float() + exact.half().float()).half()
+        assert not torch.equal(once, twice)
+        assert torch.equal(found, twice if rounds else once)
+
+
 def last_rows_of_up(counts: list[int]) -> None:
     """The up product with a smaller tile for an expert's last rows, in both layouts of gate and
     up; NaN where it has no business."""
@@ -408,6 +427,7 @@ CASES: dict[str, Callable[[], None]] = {
         f"products: {name}, whole tiles wide": partial(products, COUNTS[name], 32, 48)
         for name in ("all at one", "empty between", "nobody")
     },
+    "products: rounded, then added": a_sum_that_is_rounded_before_it_is_added,
     **{
         f"up: {name}": partial(last_rows_of_up, COUNTS[name])
         for name in ("all at one", "empty between", "all but one of a tile")

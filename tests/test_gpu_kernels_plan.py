@@ -8,6 +8,8 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import astuple
+from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -230,6 +232,29 @@ def one_kernel(recipe: Recipe) -> None:
                 assert mine_.dtype == true_.dtype and torch.equal(mine_, true_)
 
 
+def who_makes_the_plan() -> None:
+    """The router's own kernel up to 64 tokens, one more behind it, which is left out where nobody
+    wants the plan or where it would look at too many counts."""
+    from moetk.kernels.gpu import route as room
+
+    weight_EH, asked = normal(0, 6, 8).half(), []
+    place_on_gpu = room.place_on_gpu
+
+    def placed(experts_TK: Tensor, *rest: Any) -> Any:
+        asked.append(experts_TK.shape[0])
+        return place_on_gpu(experts_TK, *rest)
+
+    def planned(num_tokens: int, wants_plan: bool, most: int = room._MOST_BLOCKS) -> bool:
+        with patch.object(room, "place_on_gpu", placed), patch.object(room, "_MOST_BLOCKS", most):
+            settings = (None, None, 2, RECIPES["softmax"], torch.float16, None, wants_plan)
+            x_TH = normal(1, num_tokens, 8).half()
+            return room.route_on_gpu(x_TH, weight_EH, *settings)[3] is not None
+
+    assert planned(64, True) and planned(64, False) and not asked
+    assert planned(65, True) and asked == [65]
+    assert not planned(65, False) and not planned(65, True, most=1) and asked == [65]
+
+
 def exact_choice() -> None:
     """Neighbouring fp32 numbers are told apart, and only equal ones tie."""
     from moetk.kernels.gpu.choose import choose_on_gpu
@@ -354,6 +379,7 @@ CASES: dict[str, Callable[[], None]] = {
     **{f"one kernel: {name}": (lambda r=r: one_kernel(r)) for name, r in RECIPES.items()},
     "route: casts": one_node_that_casts,
     "one kernel: one node": one_kernel_in_one_node,
+    "one kernel: who makes the plan": who_makes_the_plan,
     "choose: exact": exact_choice,
     "choose: rounded weights": rounded_weights,
     "choose: float16": half_scores,

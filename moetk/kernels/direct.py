@@ -30,7 +30,8 @@ def direct(tensor: Tensor) -> bool:
 
 def node(function: type[torch.autograd.Function]) -> Callable[..., Any]:
     """The function's `apply`, for where `direct` holds: without what torch does in Python before
-    it, for the sake of functorch's transforms."""
+    it, for the sake of functorch's transforms. (A tensor that escaped from one, when that has
+    ended, is not unwrapped: it has no storage, and a kernel raises.)"""
     return super(torch.autograd.Function, function).apply  # type: ignore[misc,no-any-return]
 
 

@@ -65,26 +65,25 @@ def experts_mlp(
     """y (T, H): each token's experts, weighted and summed. Dtypes and shapes as `moe_mlp`.
 
     add_to_grad: backward adds the gradients of up and down into their .grad, where they have one,
-    and returns none: the product that computes them reads and writes .grad, which saves the
-    gradient's memory and a pass over it. Raises BackendError where somebody else waits for the
+    and returns none: the product that computes them adds to .grad as it ends, which saves the
+    gradient's memory and a pass over it. It is rounded when it was added, or before and after, as
+    torch would (`moetk.kernels.gpu.outer`). Raises BackendError where somebody else waits for the
     gradient that is not returned.
     """
     tensors = (x_TH, weights_TK, up, down, up_bias, down_bias)
     keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    if not direct(x_TH):
-        if add_to_grad and keep:
-            check_adds(x_TH, up, down)
-        fields = (plan.choice_N, plan.source_N, plan.slot_TK, plan.offsets_E)
-        return moe_mlp(*tensors, *fields, *astuple(form), keep)[0]  # type: ignore[no-any-return]
-    y_TH: Tensor
-    if keep:
-        y_TH = _node(*tensors, plan, form, add_to_grad)
-        if add_to_grad:
-            check_adds(x_TH, up, down)  # here, while the device is at work: it takes the host long
+    if add_to_grad and keep:
+        check_adds(x_TH, up, down)
+    if direct(x_TH):
+        y_TH: Tensor
+        if keep:
+            y_TH = _node(*tensors, plan, form, add_to_grad)
+        else:
+            with on_device_of(x_TH):
+                y_TH, _ = _gpu().forward(*tensors, plan, form, False)
         return y_TH
-    with on_device_of(x_TH):
-        y_TH, _ = _gpu().forward(*tensors, plan, form, False)
-    return y_TH
+    fields = (plan.choice_N, plan.source_N, plan.slot_TK, plan.offsets_E)
+    return moe_mlp(*tensors, *fields, *astuple(form), keep)[0]  # type: ignore[no-any-return]
 
 
 def check_adds(x_TH: Tensor, up: Tensor, down: Tensor) -> None:

@@ -1,9 +1,9 @@
 """From tokens to experts and weights: the router's product and what its recipe makes of the logits.
 
-On CUDA, for operands of 16 bits, both are one kernel (`moetk.kernels.gpu.route`), which also counts
-and ranks the choices for the sort plan; else a product and `choose`. In plain eager CUDA all of it
-is one node of the graph, since a node costs the host what a kernel costs the device; elsewhere the
-kernel is the op `moetk::route`, and the rest `moetk::router_logits` and `moetk::choose`.
+On CUDA, for operands of 16 bits, both are one kernel (`moetk.kernels.gpu.route`), and the sort plan
+comes with it; else a product and `choose`. In plain eager CUDA all of it is one node of the graph,
+since a node costs the host what a kernel costs the device; elsewhere the kernel is the op
+`moetk::route`, and the rest `moetk::router_logits` and `moetk::choose`.
 
 Letters: T tokens, H hidden, E experts, K choices a token.
 """
@@ -139,14 +139,15 @@ def _forward(
     dtype: torch.dtype,
     weight_dtype: torch.dtype | None,
     recipe: Recipe,
-    planned: bool = True,
+    wants_plan: bool = True,
 ) -> Routed:
-    """The kernels, called as they are. planned: the plan is of use, to whom it is handed."""
+    """The kernels, called as they are. wants_plan: False where it would not be handed on."""
     with on_device_of(x_TH):
         if in_one_kernel(x_TH, weight_EH, dtype, recipe):
-            planned = planned and not torch.is_inference_mode_enabled()
+            wants_plan = wants_plan and not torch.is_inference_mode_enabled()
+            settings = (top_k, recipe, dtype, weight_dtype)
             weights_TK, experts_TK, logits_TE, plan = _gpu().route_on_gpu(
-                x_TH, weight_EH, bias_E, choice_bias_E, top_k, recipe, dtype, weight_dtype, planned
+                x_TH, weight_EH, bias_E, choice_bias_E, *settings, wants_plan
             )
             return Routed(experts_TK, weights_TK, logits_TE, known_of(experts_TK, plan))
         if _widens(x_TH, weight_EH, dtype):
@@ -278,7 +279,7 @@ def _read(args: Any) -> tuple[Any, Any, Recipe]:
 @_route.register_kernel("cuda")
 def _(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     tensors, settings, recipe = _read(args)
-    routed = _forward(*tensors, *settings, recipe, planned=False)  # type: ignore[call-arg,misc]
+    routed = _forward(*tensors, *settings, recipe, wants_plan=False)  # type: ignore[call-arg,misc]
     return routed.weights_TK, routed.experts_TK, routed.logits_TE
 
 

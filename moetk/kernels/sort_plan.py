@@ -90,8 +90,8 @@ def sort_plan(
     """Sort the choices by expert: stable, without atomics, without a wait for the device.
 
     experts_TK: int64; ids outside [0, num_experts) count as unused, and so does what kept_TK (bool,
-    None = all) drops. known: of this very choice. On CUDA up to 4096 experts: the op
-    `moetk::sort_plan`.
+    None = all) drops. known: with this very choice came its plan, which is returned if it holds.
+    On CUDA up to 4096 experts: the op `moetk::sort_plan`.
     """
     if experts_TK.is_cuda and num_experts <= _MOST_ON_GPU:
         if not direct(experts_TK):

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moetk.errors import MoeShapeError, RouterConfigError
+from moetk.held import held
 from moetk.kernels.selection import Tie
 from moetk.settings import check_float_dtype, check_whole
 
@@ -74,7 +75,7 @@ class LinearRouter(nn.Module):
 
         Raises MoeShapeError when x_TH has another width than the weight.
         """
-        weight, bias = self.weight, getattr(self, "bias", None)
+        weight, bias = self.weight, held(self, "bias")
         if x_TH.ndim != 2 or x_TH.shape[1] != weight.shape[1]:
             raise MoeShapeError(
                 f"{type(self).__name__}: x_TH is {tuple(x_TH.shape)}, expected "
@@ -89,7 +90,7 @@ class LinearRouter(nn.Module):
 
     def with_choice_bias(self, scores_TE: Tensor) -> Tensor:
         """The scores plus e_score_correction_bias, where this router has one."""
-        bias = getattr(self, "e_score_correction_bias", None)
+        bias = held(self, "e_score_correction_bias")
         return scores_TE if bias is None else scores_TE + bias
 
     def extra_repr(self) -> str:

@@ -137,8 +137,9 @@ def test_a_whole_router(name):
     narrow = (x_TH, router.weight, router.gemm_dtype or x_TH.dtype, router.recipe())
     assert (again.known is not None) == (KERNELS and in_one_kernel(*narrow))
     assert again.known is None or again.known.holds_for(again.experts_TK, None, router.num_experts)
-    for known in (again.known, None):  # by what the router counted, and anew
+    for known in (again.known, None):  # the router's, and anew
         plan = sort_plan(again.experts_TK, None, router.num_experts, known)
+        assert known is None or plan is known.plan
         found = (plan.choice_N, plan.source_N, plan.slot_TK, plan.offsets_E)
         twins = sort_in_torch(again.experts_TK.cpu(), None, router.num_experts)
         for mine, twin in zip(found, twins, strict=True):

@@ -30,7 +30,7 @@ def _outer(
     A: tl.constexpr,
     B: tl.constexpr,
     GATHER: tl.constexpr,
-    ADD: tl.constexpr,
+    HOW: tl.constexpr,
     LINE: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
@@ -44,7 +44,7 @@ def _outer(
     pm, pn = in_groups(pid % (num_m * num_n), num_m, num_n, GM)
     start = tl.where(expert > 0, tl.load(offsets_ptr + tl.maximum(expert - 1, 0)), 0)
     end = tl.load(offsets_ptr + expert)
-    if ADD != "nothing" and start == end:
+    if HOW != "written" and start == end:
         return
     k_range = tl.arange(0, BK)
     m = pm * BM + tl.arange(0, BM)
@@ -107,14 +107,14 @@ def _outer(
                 right = rows
         acc = tl.dot(left.T, right, acc)
     dtype = c_ptr.dtype.element_ty
-    if ADD == "in L2":
+    if HOW == "added in L2":
         c_desc.atomic_add([expert * A + pm * BM, pn * BN], acc.to(dtype))
     else:
-        if ADD == "rounded":
+        if HOW == "rounded and added":
             acc = acc.to(dtype).to(tl.float32)
-        if ADD != "nothing" and even:
+        if HOW != "written" and even:
             acc += c_desc.load([expert * A + pm * BM, pn * BN]).to(tl.float32)
-        elif ADD != "nothing":
+        elif HOW != "written":
             acc += tl.load(c, mask=ok, other=0.0).to(tl.float32)
         if even:
             c_desc.store([expert * A + pm * BM, pn * BN], acc.to(dtype))
@@ -168,15 +168,16 @@ def outer(
             stages=tile.stages,
         )
         return c_EAB
-    add = "read" if adds else "nothing"
+    how = "added" if adds else "written"
     if adds and tile.reduces and a % tile.m == 0:  # else a tile reaches into the next expert's
-        add = "rounded" if INTERPRETED else "in L2"  # the interpreter has no such reduction
-    fetches = add == "read" and gather == "none" and tile.n >= _LINE and not INTERPRETED
+        # The interpreter does not know the copy engine's addition.
+        how = "rounded and added" if INTERPRETED else "added in L2"
+    fetches = how == "added" and gather == "none" and tile.n >= _LINE and not INTERPRETED
     launch(
         _outer,
         (num_experts * divided(a, tile.m) * divided(b, tile.n),),
         (*operands, c_EAB, c_desc),
-        (a, b, gather, add, _LINE if fetches else 0, tile.m, tile.n, tile.k, tile.group),
+        (a, b, gather, how, _LINE if fetches else 0, tile.m, tile.n, tile.k, tile.group),
         warps=tile.warps,
         stages=tile.stages,
     )

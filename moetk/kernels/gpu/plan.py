@@ -272,7 +272,8 @@ def _place_ranked_kernel(
 def place_on_gpu(
     experts_TK: Tensor, rank_TK: Tensor, counts_BE: Tensor, rows: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`sort_on_gpu` in one launch, of choices that were counted and ranked as they were made.
+    """`sort_on_gpu` in one launch, of choices that were counted and ranked as they were made, those
+    of one token or more.
 
     rank_TK: int32, how many choices of its block of `rows` tokens name the same expert before this
     one. counts_BE: int32, how many choices of a block name each expert. Every id lies in [0, E).

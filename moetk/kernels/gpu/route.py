@@ -1,5 +1,6 @@
-"""The router as one kernel: product, choice, and how often each expert was chosen. What it computes
-is stated in torch by the op `moetk::route` in `moetk.kernels.route`.
+"""The router as one kernel: product, choice, and how often each expert was chosen; and the plan of
+the choices, by the same kernel for a few tokens, else by one more. What they compute is stated in
+torch by the op `moetk::route` in `moetk.kernels.route` and by `moetk.kernels.sort_plan`.
 
 Letters: T tokens, H hidden, E experts, K choices; R tokens of one program, and for the columns of
 its tile of logits C, G, M as in `moetk.kernels.gpu.select`, the columns being the experts in order.
@@ -151,10 +152,13 @@ def route_on_gpu(
     recipe: Recipe,
     dtype: torch.dtype,
     weight_dtype: torch.dtype | None,
-    planned: bool,
+    wants_plan: bool,
 ) -> tuple[Tensor, Tensor, Tensor, SortPlan | None]:
-    """weights_TK, experts_TK, logits_TE of `dtype`, and the plan of the choices: by the same kernel
-    where they are few, else by one more, where it is `planned`; None where sorting is cheaper.
+    """weights_TK, experts_TK, logits_TE of `dtype`, and the plan of the choices; None where nobody
+    wants it and it takes a kernel, where sorting is cheaper, and for no tokens.
+
+    The plan is made at once, and in vain where it turns out that it does not hold (choices that a
+    dispatcher drops, another stream): the host is late here, and the device waits for it.
 
     Raises RouterConfigError past 32 choices, MoeDtypeError on a score dtype wider than float32.
     """
@@ -208,7 +212,7 @@ def route_on_gpu(
             warps=warps,
             stages=stages,
         )
-        if plan is None and planned and num_blocks <= _MOST_BLOCKS:
+        if plan is None and wants_plan and num_blocks <= _MOST_BLOCKS:
             plan = place_on_gpu(experts_TK, rank_TK, counts_BE, rows)
     return weights_TK, experts_TK, logits_TE, None if plan is None else SortPlan(*plan)
 

@@ -67,9 +67,9 @@ class Tile:
 
     group: rows of tiles side by side. per_sm: programs on each multiprocessor that walk over the
     tiles, where the kernel can; 0 = one program for each tile. A sum of outer products knows only
-    whether: its programs walk along a row of tiles each. tail: rows of the smaller tile that
-    an expert's last rows take where they fit into it; 0 = none. reduces: of a sum that is added to,
-    whether the copy engine adds the tile where the sum lies, in the L2 cache.
+    whether: its programs walk along a row of tiles each. tail: rows of the smaller tile that an
+    expert's last rows take where they fit into it; 0 = none. reduces: of a sum that is added to by
+    one program for each tile, whether the copy engine adds it where the sum lies, in the L2 cache.
     """
 
     m: int

@@ -200,8 +200,10 @@ def moe_mlp(*args: Any) -> tuple[Tensor, Tensor]:
 @moe_mlp.register_kernel("cuda")
 def _(*args: Any) -> tuple[Tensor, Tensor]:
     tensors, plan, form = _read(args)
-    with on_device_of(tensors[0]):
-        return _gpu().forward(*tensors, plan, form, args[16])  # type: ignore[no-any-return]
+    x_TH, up = tensors[0], tensors[2]
+    with on_device_of(x_TH):
+        y_TH, h_NJ = _gpu().forward(*tensors, plan, form, args[16])
+    return y_TH, x_TH.new_empty(0, up.shape[2 if form.transposed else 1]) if h_NJ is None else h_NJ
 
 
 @moe_mlp.register_fake

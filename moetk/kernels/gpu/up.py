@@ -178,16 +178,16 @@ def up_activate(
     *,
     keep: bool,
     tile: Tile | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor | None, Tensor]:
     """h (N, J) = x[source] times its expert's matrix, plus bias, and a (N, I) = activation(h).
 
-    keep: write h; else it comes back empty, (0, J). Rows behind the last offset are not written.
+    keep: write h; else it is None. Rows behind the last offset are not written.
     """
     num_rows, num_experts = source_N.shape[0], offsets_E.shape[0]
     hidden = x_TH.shape[1]
     up_width = up.shape[2] if form.transposed else up.shape[1]
     width = up_width // 2 if form.gated else up_width
-    h_NJ = x_TH.new_empty(num_rows if keep else 0, up_width)
+    h_NJ = x_TH.new_empty(num_rows, up_width) if keep else None
     a_NI = x_TH.new_empty(num_rows, width)
     tile = tile or tile_for("up", num_rows, num_experts, width, hidden)
     launch(
@@ -199,7 +199,7 @@ def up_activate(
             _descriptor(up, form, tile.n, tile.k),
             x_TH if up_bias is None else up_bias,
             offsets_E,
-            h_NJ if keep else a_NI,
+            a_NI if h_NJ is None else h_NJ,
             a_NI,
         ),
         (

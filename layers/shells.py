@@ -107,11 +107,10 @@ class LayerShell:
     """In front of a decoder layer: hands its router and experts the forward they run in."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        carrier: Carrier = self.__dict__[PARTS][0]
+        carrier, layer, router, experts = self.__dict__[PARTS]
         forward = carrier.now
         if forward is None:
             return super().__call__(*args, **kwargs)  # type: ignore[misc]
-        layer = self.__dict__[PARTS][1]
         call = forward.calls.get(layer, 0)
         forward.calls[layer] = call + 1
         if forward.positions is None and forward.batch_shape is not None:
@@ -120,35 +119,30 @@ class LayerShell:
                 forward.positions = positions.expand(forward.batch_shape).reshape(-1)
         recomputed = getattr(self, "gradient_checkpointing", False) and self.training  # type: ignore[attr-defined]
         visit = Visit(forward, call, sealed=recomputed and torch.compiler.is_compiling())
+        kwargs[VISIT] = visit
         # Set here as well as in forward: under torch.compile a checkpointed region may not set
         # attributes, so there this is the only place.
-        before = self._moetk_bind(visit)
+        before = router.__dict__.get(BOUND)
+        router.__dict__[BOUND] = experts.__dict__[BOUND] = visit
         try:
-            return super().__call__(*args, **{**kwargs, VISIT: visit})  # type: ignore[misc]
+            return super().__call__(*args, **kwargs)  # type: ignore[misc]
         finally:
-            self._moetk_unbind(before)
+            router.__dict__[BOUND] = experts.__dict__[BOUND] = before
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         visit = kwargs.pop(VISIT, None)
         if visit is None or torch.compiler.is_compiling():
             return super().forward(*args, **kwargs)  # type: ignore[misc]
-        before = self._moetk_bind(visit)
+        _, _, router, experts = self.__dict__[PARTS]
+        before = router.__dict__.get(BOUND)
+        if before is visit:
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
+        # A recompute, which begins here.
+        router.__dict__[BOUND] = experts.__dict__[BOUND] = visit
         try:
             return super().forward(*args, **kwargs)  # type: ignore[misc]
         finally:
-            self._moetk_unbind(before)
-
-    def _moetk_bind(self, visit: Visit) -> Any:
-        router, experts = self.__dict__[PARTS][2:]
-        before = router.__dict__.get(BOUND)
-        router.__dict__[BOUND] = visit
-        experts.__dict__[BOUND] = visit
-        return before
-
-    def _moetk_unbind(self, before: Any) -> None:
-        router, experts = self.__dict__[PARTS][2:]
-        router.__dict__[BOUND] = before
-        experts.__dict__[BOUND] = before
+            router.__dict__[BOUND] = experts.__dict__[BOUND] = before
 
 
 class RouterShell:
@@ -260,9 +254,8 @@ def _unread(site: Site, visit: Visit | None) -> bool:
     reads = site.attachment.reads
     if reads is None or reads & _LEFT_OUT:
         return False
-    return visit is None or not any(
-        _LEFT_OUT & frozenset(recording.fields) for recording in visit.forward.recordings
-    )
+    recordings = () if visit is None else visit.forward.recordings
+    return not recordings or not any(_LEFT_OUT & frozenset(one.fields) for one in recordings)
 
 
 def for_foreign_experts(routing: Routing, where: str, experts: str) -> tuple[Tensor, Tensor]:

@@ -74,6 +74,10 @@ class Form:
             return gate, up
         return gate.clamp(max=self.limit), up.clamp(-self.limit, self.limit)
 
+    def up_width(self, up: Tensor) -> int:
+        """J, of a bank's up matrices."""
+        return up.shape[2 if self.transposed else 1]
+
     def columns(self, weights: Tensor) -> Tensor:
         """The view (E, in, out) of a stack of matrices."""
         return weights if self.transposed else weights.transpose(1, 2)

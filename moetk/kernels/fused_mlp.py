@@ -203,16 +203,14 @@ def _(*args: Any) -> tuple[Tensor, Tensor]:
     x_TH, up = tensors[0], tensors[2]
     with on_device_of(x_TH):
         y_TH, h_NJ = _gpu().forward(*tensors, plan, form, args[16])
-    return y_TH, x_TH.new_empty(0, up.shape[2 if form.transposed else 1]) if h_NJ is None else h_NJ
+    return y_TH, x_TH.new_empty(0, form.up_width(up)) if h_NJ is None else h_NJ
 
 
 @moe_mlp.register_fake
 def _(*args: Any) -> tuple[Tensor, Tensor]:
     (x_TH, _, up, *_), plan, form = _read(args)
-    up_width = up.shape[2] if form.transposed else up.shape[1]
-    return x_TH.new_empty(x_TH.shape), x_TH.new_empty(
-        len(plan.source_N) if args[16] else 0, up_width
-    )
+    num_kept = len(plan.source_N) if args[16] else 0
+    return x_TH.new_empty(x_TH.shape), x_TH.new_empty(num_kept, form.up_width(up))
 
 
 _SIX = ", ".join(["Tensor"] * 6)

@@ -37,8 +37,7 @@ def forward(
 ) -> tuple[Tensor, Tensor | None]:
     """y and, with `keep`, h."""
     if not plan.source_N.shape[0]:
-        h_NJ = x_TH.new_empty(0, up.shape[2 if form.transposed else 1]) if keep else None
-        return torch.zeros_like(x_TH), h_NJ
+        return torch.zeros_like(x_TH), x_TH.new_empty(0, form.up_width(up)) if keep else None
     x_TH, weights_TK, up, down = dense(x_TH), dense(weights_TK), dense(up), dense(down)
     up_bias = None if up_bias is None else dense(up_bias)
     down_bias = None if down_bias is None else dense(down_bias)

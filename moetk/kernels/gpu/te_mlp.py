@@ -92,7 +92,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     """y (T, H) and h (U, J)."""
     if not rows.total:
-        return torch.zeros_like(x_TH), x_TH.new_empty(0, up.shape[2 if form.transposed else 1])
+        return torch.zeros_like(x_TH), x_TH.new_empty(0, form.up_width(up))
     products = Products(rows.counts, numbers, form.transposed)
     x = numbers.inputs.tokens(x_TH, rows, rowwise=True, columnwise=False)
     h_UJ = products.outputs(x, up, up_bias)

@@ -185,7 +185,7 @@ def up_activate(
     """
     num_rows, num_experts = source_N.shape[0], offsets_E.shape[0]
     hidden = x_TH.shape[1]
-    up_width = up.shape[2] if form.transposed else up.shape[1]
+    up_width = form.up_width(up)
     width = up_width // 2 if form.gated else up_width
     h_NJ = x_TH.new_empty(num_rows, up_width) if keep else None
     a_NI = x_TH.new_empty(num_rows, width)

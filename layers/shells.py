@@ -255,7 +255,7 @@ def _unread(site: Site, visit: Visit | None) -> bool:
     if reads is None or reads & _LEFT_OUT:
         return False
     recordings = () if visit is None else visit.forward.recordings
-    return not recordings or not any(_LEFT_OUT & frozenset(one.fields) for one in recordings)
+    return not any(_LEFT_OUT & frozenset(one.fields) for one in recordings)
 
 
 def for_foreign_experts(routing: Routing, where: str, experts: str) -> tuple[Tensor, Tensor]:

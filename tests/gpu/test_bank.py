@@ -223,11 +223,9 @@ def test_a_sum_that_the_copy_engine_adds_to(gather, dtype):
     at = source_N.long()[:used]
     rows_NA = left[at] if gather == "left" else left[:used]
     rows_NB = right[at] if gather == "right" else right[:used]
-    sums = [x.T @ y for x, y in zip(rows_NA.split(counts), rows_NB.split(counts), strict=True)]
-    exact = [
-        x.double().T @ y.double()
-        for x, y in zip(rows_NA.split(counts), rows_NB.split(counts), strict=True)
-    ]
+    pairs = list(zip(rows_NA.split(counts), rows_NB.split(counts), strict=True))
+    sums_EAB = torch.stack([x.T @ y for x, y in pairs])
+    true_EAB = torch.stack([x.double().T @ y.double() for x, y in pairs])
     found = []
     for _ in range(2):
         into = before_EAB.clone()
@@ -237,7 +235,7 @@ def test_a_sum_that_the_copy_engine_adds_to(gather, dtype):
         found.append({"sum": into})
     assert_bitwise(*found)
     assert torch.equal(found[0]["sum"][0], before_EAB[0])
-    eager, truth = before_EAB + torch.stack(sums), before_EAB.double() + torch.stack(exact)
+    eager, truth = before_EAB + sums_EAB, before_EAB.double() + true_EAB
     assert_passes([(found[0], {"sum": eager}, {"sum": truth})], reduction=max(counts))
 
 

@@ -68,7 +68,7 @@ def launch(
         # launched there; a descriptor cannot be made without one.
         torch.zeros(1, device=device)
         _thread.device = device
-    kinds: list[Any] = [id(kernel), device, warps, stages, constants]
+    key: list[Any] = [id(kernel), device, warps, stages, constants]
     flat: list[Any] = []
     addresses, elsewhere = 0, False
     for arg in args:
@@ -78,27 +78,26 @@ def launch(
             addresses |= address
             if arg.get_device() != device:
                 elsewhere = True
-            kinds.append(arg.dtype)
+            key.append(arg.dtype)
             flat.append(address)
         elif kind is Tiled:
             base = arg.base
             addresses |= base.data_ptr()
             if base.get_device() != device:
                 elsewhere = True
-            kinds.append(base.dtype)
+            key.append(base.dtype)
             flat.append(arg)
         else:
             # What Triton compiles anew for: of a float and of None, that it is one.
-            kinds.append((arg == 1, arg % 16 == 0, arg >= 2**31) if kind is int else kind)
+            key.append((arg == 1, arg % 16 == 0, arg >= 2**31) if kind is int else kind)
             flat.append(arg)
     if elsewhere or addresses % 16:  # refused by Triton, or rare and other code: it finds it
         _by_triton(kernel, grid, args, constants, warps, stages)
         return
-    key = tuple(kinds)
-    compiled = _compiled.get(key)
+    compiled = _compiled.get(tuple(key))
     if compiled is None:
         made = _by_triton(kernel, grid, args, constants, warps, stages)
-        _compiled[key] = _Compiled(made)
+        _compiled[tuple(key)] = _Compiled(made)
         return
     stream = torch._C._cuda_getCurrentRawStream(device)
     compiled.run((*grid, 1, 1)[:3], stream, flat, args, constants)

@@ -291,6 +291,7 @@ def place_on_gpu(
 
 
 def empty_plan(experts_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """choice_N, source_N, slot_TK, offsets_E, not yet written."""
     num_choices, dtype = experts_TK.numel(), torch.int32
     return (
         experts_TK.new_empty(num_choices, dtype=dtype),
@@ -305,10 +306,9 @@ def sort_on_gpu(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """choice_N, source_N, slot_TK, offsets_E of a `SortPlan`, int32."""
     num_choices = experts_TK.numel()
-
-    plan = empty_plan(experts_TK, num_experts)
+    _, _, slot_TK, offsets_E = plan = empty_plan(experts_TK, num_experts)
     if num_choices == 0:
-        plan[-1].zero_()
+        offsets_E.zero_()
         return plan
     experts_N = dense(experts_TK)
     kept_N = None if kept_TK is None else dense(kept_TK)
@@ -324,7 +324,7 @@ def sort_on_gpu(
     launch(
         _count_kernel,
         (num_blocks,),
-        (experts_N, kept_N, counts_BE, plan[2], num_choices),
+        (experts_N, kept_N, counts_BE, slot_TK, num_choices),
         (num_experts, columns, _BLOCK, _PART),
         warps=8,
     )

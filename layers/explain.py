@@ -11,6 +11,7 @@ from torch import nn
 
 from moetk.experts import auto_row, backends, pick_backend
 from moetk.layers.find import runs_on
+from moetk.layers.graphs import GRAPHS, Graphs
 from moetk.layers.shells import CUSTOM, Site
 
 if TYPE_CHECKING:
@@ -28,6 +29,9 @@ def explain(replacement: Replacement) -> str:
     for site, found in zip(replacement.sites, replacement._found, strict=True):
         backend, why = _backend(site, found.experts)
         notes[why] = None
+        graphs: Graphs | None = vars(found.block).get(GRAPHS)
+        if graphs is not None:
+            notes[f"CUDA graphs, up to {graphs.tokens} tokens: {graphs.explain()}"] = None
         table.add_row(
             site.name,
             _router(site, found.gate),

@@ -35,6 +35,7 @@ from moetk.layers.find import (
     root_of,
     specs_of,
 )
+from moetk.layers.graphs import Parts, put_in, take_out
 from moetk.layers.saving import SavingShell, mark
 from moetk.layers.shells import (
     BOUND,
@@ -62,9 +63,10 @@ class Replacement:
         sites: Sequence[Site],
         found: Sequence[Found],
         routers: Sequence[Router | None],
+        graphs: int,
     ) -> None:
         self.model, self.carrier, self.sites = model, carrier, tuple(sites)
-        self._found, self._routers = found, routers
+        self._found, self._routers, self._graphs = found, routers, graphs
         self._hooks: list[Any] = []
         self.label = label_of(routers)
 
@@ -112,6 +114,9 @@ class Replacement:
         try:
             for found, site, made in zip(self._found, self.sites, self._routers, strict=True):
                 _install(found, site, made)
+            if self._graphs:
+                parts = [Parts(one.block, one.gate, one.experts) for one in self._found]
+                put_in(list(zip(parts, self.sites, strict=True)), self._graphs)
             if self.sites:
                 _hook(self, self.model)
                 vars(self.model)[REPLACEMENT] = self
@@ -146,6 +151,7 @@ class Replacement:
                 if withdraw(module):
                     for name in (SITE, BOUND):
                         vars(module).pop(name, None)
+            take_out(found.block)
             if withdraw(found.layer):
                 vars(found.layer).pop(PARTS, None)
         withdraw(self.model)
@@ -213,6 +219,7 @@ def replace_moe(
     check: bool | None = None,
     seed: int | None = None,
     add_to_grad: bool = False,
+    graphs: int = 0,
 ) -> Replacement:
     """Put moetk's parts into every mixture-of-experts layer of a transformers model, in place.
 
@@ -234,6 +241,11 @@ def replace_moe(
         loss.backward(), not torch.autograd.grad. A CUDA graph goes on adding to the
         gradients it was recorded with: keep them, by zero_grad(set_to_none=False). BackendError
         where others wait for gradients.
+    graphs: blocks called with at most so many tokens, of a size that came before, are replayed from
+        CUDA graphs, the third time that it comes, where nothing else within a block runs as Python
+        (hooks, a router of one's own, losses in training, ...) and, in training, the experts'
+        gradients are added to (add_to_grad, and they are there) or not wanted. Each size keeps what
+        its backward needs. 0 = none. `explain` says what is replayed.
 
     Replacing a second time starts from the stock model again. Nothing changes when it raises:
     UnsupportedModelError for a mixture-of-experts model without a row in moetk.layers.families,
@@ -244,6 +256,8 @@ def replace_moe(
         check_backend_name(backend)
     if add_to_grad and backend not in ("fused", "te"):
         raise BackendError(f'add_to_grad=True needs backend="fused" or "te", not "{backend}".')
+    if graphs < 0:
+        raise BackendError(f"graphs={graphs} is no number of tokens: 0 (none) or more.")
     found = list(find_blocks(root))
     if not found and (router or losses or controllers or expects_experts(root)):
         raise UnsupportedModelError(
@@ -279,7 +293,7 @@ def replace_moe(
             for n, (item, made) in enumerate(zip(found, routers, strict=True))
         ]
         carrier.refuse_hf_aux = _refusal(sites, routers)
-        replacement = Replacement(root, carrier, sites, found, routers)
+        replacement = Replacement(root, carrier, sites, found, routers, graphs)
         replacement.install()
     except Exception:
         if isinstance(earlier, Replacement):

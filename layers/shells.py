@@ -95,7 +95,7 @@ class Site:
     def check_inside(self, visit: Visit | None) -> None:
         """Raise ReplaceError in a recompute that began below the decoder layer: it knows neither
         ids nor mask nor replay, and would choose other experts than the forward did."""
-        if visit is None and self.carrier.count and _recomputing():
+        if visit is None and self.carrier.count and recomputing():
             raise ReplaceError(
                 f"{self.name} is recomputed on its own: activation checkpointing wraps the block, "
                 "and what its router knew stays with the decoder layer. Checkpoint the decoder "
@@ -219,7 +219,7 @@ class ExpertsShell:
                 where=site,
             )
         y_TH = site.dispatcher.combine(y_RH, handle)
-        if visit is not None and visit.forward.recordings and not _recomputing():
+        if visit is not None and visit.forward.recordings and not recomputing():
             fields = frozenset[str]().union(*(r.fields for r in visit.forward.recordings))
             entries = visit.forward.recorded.setdefault(site.layer, [])
             entries.append(detached(with_drops(routing, local), fields))
@@ -295,7 +295,7 @@ def _as_family_tuple(routing: Routing, order: Order) -> tuple[Any, Any, Any]:
     return logits, weights, routing
 
 
-def _recomputing() -> bool:
+def recomputing() -> bool:
     """Inside backward: activation checkpointing is running this layer a second time."""
     # The question cannot be traced; a compiled region is recomputed without running Python.
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
@@ -341,7 +341,7 @@ def _guarded(ctx: RouterContext, x_TH: Tensor) -> RouterContext:
         previous is None
         or isinstance(previous, _Withheld)
         or torch.compiler.is_compiling()
-        or not _recomputing()
+        or not recomputing()
     ):
         return ctx
     weights = getattr(previous, "weights_TK", None)

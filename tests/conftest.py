@@ -64,3 +64,11 @@ def poison_uninitialised_memory() -> Iterator[None]:
         ]:
             patch.setattr(owner, name, poisoned(getattr(owner, name)))
         yield
+
+
+@pytest.fixture
+def driver(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """CUDA graphs, stood in for."""
+    from tests.driver import installed
+
+    return installed(monkeypatch)

@@ -208,7 +208,9 @@ def generate(
     )
     results = measure_generate(
         shape,
-        step_contenders_named(contenders or "v5,moetk,moetk-step", backend),
+        step_contenders_named(
+            contenders or "v5,moetk,moetk-graphs,moetk-step,moetk-step-graphs", backend
+        ),
         meter,
         new_tokens=new_tokens,
         rounds=rounds,

@@ -18,6 +18,7 @@ from moetk.errors import ConfigError
 from moetk.experts import backends
 
 STOCK = "v5"
+MANY = 2**20  # tokens, more than any case has
 
 
 @dataclass(frozen=True)
@@ -25,12 +26,14 @@ class Contender:
     """`build` makes the layer, (1, T, H) to (1, T, H), with a copy of the given model's weights:
     a transformers model whose only decoder layer holds the block. operands: the format that its
     products read, where that is narrower than the weights' dtype; its errors are judged by it.
-    allocates: whether a step takes its memory while it runs, as in `Launch`."""
+    allocates: whether a step takes its memory while it runs, as in `Launch`. warm_up: steps that it
+    takes until it runs as it goes on to."""
 
     name: str
     build: Callable[[Any], nn.Module]
     operands: torch.dtype | None = None
     allocates: bool = True
+    warm_up: int = 0
 
 
 def stock_model(shape: LayerShape, device: torch.device, dtype: torch.dtype, seed: int) -> Any:
@@ -95,6 +98,20 @@ def ours(backend: str, add_to_grad: bool = False) -> Contender:
         return block_of(twin)  # type: ignore[no-any-return]
 
     return Contender(f"moetk-{backend}{'-adds' if add_to_grad else ''}", build)
+
+
+def replaying(backend: str) -> Contender:
+    """The block after `moetk.replace_moe(model, backend=..., add_to_grad=True, graphs=...)`: from
+    the fourth step on replayed, as its first has no gradients to add to."""
+
+    def build(model: Any) -> nn.Module:
+        from moetk.layers.replace import replace_moe
+
+        twin = copy.deepcopy(model)
+        replace_moe(twin, backend=backend, add_to_grad=True, graphs=MANY)
+        return block_of(twin)  # type: ignore[no-any-return]
+
+    return Contender(f"moetk-{backend}-adds-graphs", build, allocates=False, warm_up=3)
 
 
 def in_fp8(name: str, recipe: str) -> Contender:
@@ -183,6 +200,7 @@ def contenders() -> dict[str, Contender]:
         ours("te", add_to_grad=True),
         graphed(stock()),
         graphed(ours("fused", add_to_grad=True)),
+        replaying("fused"),
         in_fp8("moetk-te-fp8", "Float8CurrentScaling"),
         in_fp8("moetk-te-fp8-block", "Float8BlockScaling"),
         *(peer(name) for name in PEERS),

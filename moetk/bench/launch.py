@@ -7,7 +7,6 @@ H200, 1.4 of them in kernels. The other ways take parts of the host's time away.
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from moetk.bench.race import WARM_UP
 from moetk.errors import ConfigError
+from moetk.kernels.cuda_graph import recorded
 
 
 def nothing() -> None:
@@ -94,7 +94,7 @@ class Captured:
             for _ in range(WARM_UP):
                 step()
             step.before()
-            replay, y = _recorded(step.call)
+            replay, y = recorded(step.call)
 
         def call() -> Tensor:
             replay()
@@ -111,32 +111,3 @@ def launches(device: torch.device, *, one_thread: bool, captured: bool) -> list[
     if captured and device.type != "cuda":
         raise ConfigError(f"--captured records CUDA graphs; device {device.type} has none.")
     return [EAGER, *([ONE_THREAD] if one_thread else []), *([CAPTURED] if captured else [])]
-
-
-def _recorded(call: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-    """The replay of a call on the current stream, and the output that each replay fills."""
-    graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
-    reason = None
-    try:
-        with torch.cuda.graph(graph, pool=pool, stream=torch.cuda.current_stream()):
-            try:
-                y = call()
-            except Exception as error:
-                reason = error
-                raise
-    except Exception as error:
-        _let_go(pool)
-        # A broken capture cannot be ended; the error of that does not tell what broke it.
-        raise reason or error from None
-    return graph.replay, y
-
-
-def _let_go(pool: tuple[int, int]) -> None:
-    """Undo what a broken capture leaves behind in torch (CUDAGraph::capture_end raises before it
-    cleans up): an allocator that waits for the end of the capture, a random generator likewise."""
-    device = torch.cuda.current_device()
-    with suppress(RuntimeError):  # it did end; what failed was the call within
-        torch._C._cuda_endAllocateToPool(device, pool)
-        torch._C._cuda_releasePool(device, pool)
-    with torch.cuda.graph(torch.cuda.CUDAGraph(), stream=torch.cuda.current_stream()):
-        torch.zeros(1, device=device)  # a capture that ends well lets the generator go

@@ -213,6 +213,8 @@ def _check(
 
     def errors(entry: _Entry, launch: Launch) -> dict[str, float]:
         entry.make_ready(case.grads, launch)
+        for _ in range(entry.contender.warm_up):
+            entry.both()
         return errors_of(entry.layer, entry.x, entry.dy, entry.both.call, truth)
 
     for entry in entries:

@@ -1,0 +1,178 @@
+"""A block's forward and backward for one size of its input, as a CUDA graph each.
+
+What `torch.cuda.make_graphed_callables` makes, but for three things. What a replay computes is
+handed out as a copy, so that nobody's tensor changes under his hands. Gradients that backward adds
+to itself are added to where they lie. And the graph of a forward is not replayed again while the
+backward of its last replay is still to come.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from moetk.errors import BackendError
+from moetk.kernels.cuda_graph import recorded
+from moetk.kernels.direct import node
+from moetk.kernels.first_order import refuse_second_order
+
+# Other threads may go on allocating (a loader's pinned memory, NCCL's watchdog).
+ERRORS = "thread_local"
+
+
+class Memory:
+    """What graphs have in common that run one after the other, on one stream: what they compute
+    with, and where their inputs are put."""
+
+    def __init__(self) -> None:
+        self.side, self.pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
+        self._inputs: dict[tuple[torch.Size, torch.dtype], Tensor] = {}
+
+    def input_like(self, tensor: Tensor) -> Tensor:
+        key = (tensor.shape, tensor.dtype)
+        if key not in self._inputs:
+            self._inputs[key] = torch.zeros_like(tensor, requires_grad=False)
+        return self._inputs[key]
+
+
+class Memories:
+    """A model's, one for each stream of each device."""
+
+    def __init__(self) -> None:
+        self._by_place: dict[object, Memory] = {}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Memories, ()  # a copy of the model records its own
+
+    def at(self, place: object) -> Memory:
+        """place: names the current stream."""
+        if place not in self._by_place:
+            self._by_place[place] = Memory()
+        return self._by_place[place]
+
+
+class Flight:
+    """From a replayed forward to its backward, or until nobody can ask for that any more."""
+
+    __slots__ = ("__weakref__",)
+
+
+class _Bare(nn.Module):
+    """The block without its hooks, which run around its forward, recorded or not."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, x: Tensor) -> Any:
+        return self.block.forward(x)
+
+
+class Inference:
+    """forward(x) without gradients."""
+
+    def __init__(self, block: nn.Module, x: Tensor, memory: Memory) -> None:
+        with torch.inference_mode(False), torch.no_grad(), torch.cuda.stream(memory.side):
+            self.x = memory.input_like(x)
+            self.replay, y = recorded(lambda: block.forward(self.x), memory.pool, ERRORS)
+            self.y = _one(y)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        self.x.copy_(x)
+        self.replay()
+        return self.y.clone()
+
+
+class Training:
+    """forward(x), and the gradients of x and of the parameters that require one.
+
+    added: names of parameters whose gradients the block's backward adds to itself.
+    """
+
+    def __init__(self, block: nn.Module, x: Tensor, added: Sequence[str], memory: Memory) -> None:
+        self._flight: Callable[[], Flight | None] = lambda: None
+        # Leaves of this graph alone: autograd ties a leaf to the stream that used it first.
+        twins: dict[str, Tensor] = {}
+        for name, parameter in block.named_parameters():
+            twin = parameter.detach().requires_grad_(parameter.requires_grad)
+            if name in added:
+                twin.grad = parameter.grad
+            twins[f"block.{name}"] = twin
+        with torch.inference_mode(False), torch.enable_grad(), torch.cuda.stream(memory.side):
+            self.x = torch.zeros_like(x, requires_grad=False)
+            leaf = self.x.detach().requires_grad_(x.requires_grad)
+            bare = _Bare(block)
+            # Its memory is its own: it has to stay as it is until backward.
+            self.replay, made = recorded(
+                lambda: functional_call(bare, twins, (leaf,)), errors=ERRORS
+            )
+            y = _one(made)
+            wanted = [leaf, *twins.values()]
+            inputs = [tensor for tensor in wanted if tensor.requires_grad]
+            self.dy = memory.input_like(y)
+            self.replay_backward, grads = recorded(
+                lambda: torch.autograd.grad(y, inputs, self.dy, allow_unused=True),
+                memory.pool,
+                ERRORS,
+            )
+        self.y, given = y.detach(), iter(grads)
+        # Of x and of every parameter that requires one, in order; None where nothing is returned.
+        self.grads = [
+            next(given) if tensor.requires_grad else None
+            for n, tensor in enumerate(wanted)
+            if n == 0 or tensor.requires_grad
+        ]
+
+    @property
+    def flies(self) -> bool:
+        return self._flight() is not None
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Flight]:
+        """y, and what to come back with for the gradients."""
+        self.x.copy_(x)
+        self.replay()
+        flight = Flight()
+        self._flight = weakref.ref(flight)
+        return self.y.clone(), flight
+
+    def backward(self, dy: Tensor, flight: Flight) -> list[Tensor | None] | None:
+        """The gradients; None where they have been asked for before, and what they need is gone."""
+        if self._flight() is not flight:
+            return None
+        self._flight = lambda: None
+        self.dy.copy_(dy)
+        self.replay_backward()
+        return [None if grad is None else grad.clone() for grad in self.grads]
+
+
+def _one(y: Any) -> Tensor:
+    if not isinstance(y, Tensor):
+        raise BackendError(f"graphs: the block returns a {type(y).__name__}, not one tensor.")
+    return y
+
+
+class _Replayed(torch.autograd.Function):
+    """run: forward(x) -> y, flight and backward(x, dy, flight) -> gradients of x and leaves."""
+
+    @staticmethod
+    def forward(ctx: Any, run: Any, x: Tensor, *leaves: Tensor) -> Tensor:
+        y: Tensor
+        y, ctx.flight = run.forward(x)
+        ctx.run = run
+        # For torch's own refusals: written to since, or freed by a backward before.
+        ctx.save_for_backward(x, *leaves)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+        refuse_second_order("a block replayed from CUDA graphs", "graphs=0")
+        x, *_ = ctx.saved_tensors
+        return (None, *ctx.run.backward(x, dy, ctx.flight))
+
+
+replayed = node(_Replayed)

@@ -1,0 +1,120 @@
+"""CUDA graphs on a machine without a GPU: a recording of torch's operators stands in for them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+class Graph(TorchDispatchMode):
+    """As a torch.cuda.CUDAGraph: a replay runs the same operators on the same tensors."""
+
+    replays = 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operators: list[tuple[Any, Any, Any, Any]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self.operators.append((func, args, kwargs or {}, out))
+        return out
+
+    @torch.no_grad()
+    def replay(self) -> None:
+        Graph.replays += 1
+        for func, args, kwargs, out in self.operators:
+            again = tree_leaves(func(*args, **kwargs))
+            for kept, new in zip(tree_leaves(out), again, strict=True):
+                if isinstance(kept, Tensor) and kept.data_ptr() != new.data_ptr():
+                    kept.copy_(new)
+
+
+class Side:
+    def wait_stream(self, other: object) -> None:
+        assert other == "default"
+
+
+class Driver:
+    """The part of torch.cuda that a capture uses, and the state that it leaves behind."""
+
+    def __init__(self) -> None:
+        self.stream: object = "default"
+        self.pools: list[str] = []
+        self.recording: set[object] = set()
+        self.generator_waits = False
+        self.broken = False
+
+    def current_stream(self) -> Any:
+        return self.stream
+
+    @contextmanager
+    def on(self, stream: Any) -> Iterator[None]:
+        before, self.stream = self.stream, stream
+        try:
+            yield
+        finally:
+            self.stream = before
+
+    def graph_pool_handle(self) -> str:
+        self.pools.append(f"pool {len(self.pools)}")
+        return self.pools[-1]
+
+    def graph(
+        self,
+        graph: Graph,
+        pool: object = None,
+        stream: Any = None,
+        capture_error_mode: str = "global",
+    ) -> Any:
+        assert stream is self.stream and stream != "default"
+        return Capture(self, graph, pool or object())
+
+    def end(self, device: int, pool: object) -> None:
+        if pool not in self.recording:
+            raise RuntimeError("not currently recording to mempool_id")
+        self.recording.remove(pool)
+
+
+class Capture:
+    """As torch.cuda.graph: on its own stream, which it leaves current where it cannot be ended;
+    then the allocator goes on recording and the generator waits."""
+
+    def __init__(self, driver: Driver, graph: Graph, pool: object) -> None:
+        self.driver, self.graph, self.pool = driver, graph, pool
+
+    def __enter__(self) -> None:
+        assert not self.driver.recording
+        self.driver.recording.add(self.pool)
+        self.driver.generator_waits = True
+        self.graph.__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        self.graph.__exit__(*error)
+        if self.driver.broken:
+            self.driver.broken = False
+            self.driver.stream = "the capture's"
+            raise RuntimeError("operation failed due to a previous error during capture")
+        self.driver.recording.remove(self.pool)
+        self.driver.generator_waits = False
+
+
+def installed(monkeypatch: pytest.MonkeyPatch) -> Driver:
+    """A driver in the place of torch's, for one test."""
+    made = Driver()
+    monkeypatch.setattr(torch.cuda, "Stream", Side)
+    for name in ("current_stream", "graph_pool_handle", "graph"):
+        monkeypatch.setattr(torch.cuda, name, getattr(made, name))
+    monkeypatch.setattr(torch.cuda, "stream", made.on)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: "cpu")
+    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", made.end, raising=False)
+    monkeypatch.setattr(torch._C, "_cuda_releasePool", lambda *_: None, raising=False)
+    return made

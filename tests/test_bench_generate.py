@@ -75,5 +75,11 @@ def test_the_command(bench: Any, tmp_path: Path) -> None:
     code, out, _ = bench("generate", *words, "--prompt", 4, "--new-tokens", 2)
     assert code == 0 and "equal tokens" in out and "Local" in out, out
     rows = read_rows(tmp_path / "generate.csv")
-    assert {row.who for row in rows} == {"v5", "moetk", "moetk-step"}
+    assert {row.who for row in rows} == {
+        "v5",
+        "moetk",
+        "moetk-graphs",
+        "moetk-step",
+        "moetk-step-graphs",
+    }
     assert all("new=2" in row.shape and "cache=static" in row.shape for row in rows)

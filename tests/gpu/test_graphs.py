@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from moetk import replace_moe
+from moetk.layers.find import find_blocks
 from moetk.layers.graphs import GRAPHS
 from tests.gpu.device import DEVICE, needs_kernels, normal
 from tests.tiny import FAMILIES, VOCAB, H, tiny
@@ -33,7 +34,8 @@ def twins(family: str, **changes: Any) -> list[Any]:
 
 
 def blocks(models: list[Any]) -> list[Any]:
-    return [model.model.layers[-1].mlp for model in models]
+    """The last of each."""
+    return [list(find_blocks(model))[-1].block for model in models]
 
 
 def states(model: Any) -> list[Any]:

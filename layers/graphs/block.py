@@ -7,15 +7,14 @@ without; it must not do what that Python would not have done.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from moetk.kernels.direct import direct, on_device_of
-from moetk.kernels.fused_mlp import check_adds
 from moetk.layers.carrier import ModelForward, Visit
-from moetk.layers.graphs.captured import Flight, Inference, Memories, Training, replayed
+from moetk.layers.graphs.captured import Flight, Inference, Memories, Training
 from moetk.layers.graphs.watch import Parts, Watch
 from moetk.layers.shells import BOUND, Site, recomputing
 from moetk.layers.swap import extend, withdraw
@@ -46,8 +45,7 @@ class BlockShell:
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         graphs: Graphs | None = self.__dict__.get(GRAPHS)
         plain = super().forward  # type: ignore[misc]
-        compiling = torch.compiler.is_compiling()
-        if compiling or graphs is None or args or kwargs or not graphs.take(hidden_states):
+        if graphs is None or args or kwargs or not direct(hidden_states):
             return plain(hidden_states, *args, **kwargs)
         return graphs(hidden_states, plain)
 
@@ -64,56 +62,74 @@ class Graphs:
         self.parts, self.site, self.memories, self.tokens = parts, site, memories, tokens
         self._watch: Watch | None = None
         self._sizes: dict[Any, _Size] = {}
+        self._last: _Replay | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A copy of the model records its own; this may run before the block itself is copied.
         return Graphs, (self.parts, self.site, self.memories, self.tokens)
 
-    def take(self, x: Tensor) -> bool:
-        """Whether a replay could stand for this call."""
+    def __call__(self, x: Tensor, plain: Callable[[Tensor], Any]) -> Any:
+        """The block's output. x: of which `direct` holds. plain: the block's own forward."""
+        key = _key(x)
+        ahead = self._ahead(x, key)
+        watch = self._taken(x)
+        if watch is None:
+            return plain(x)
+        with_grad = torch.is_grad_enabled()
+        state = watch.state(with_grad)
+        if state is None:
+            return plain(x)
+        leaves = watch.leaves() if with_grad else []
+        trains = with_grad and (x.requires_grad or bool(leaves))
+        size = self._size(key)
+        if size.state != state:
+            size.move(state)
+        if size.graph is None and size.seen >= WARM_UP and size.reason is None:
+            self._record(size, key, x, trains)
+        graph = size.graph
+        if graph is None:
+            return _counted(size, x, plain, trains)
+        if ahead is None or graph is not ahead.graph:
+            if graph.flies:  # several forwards before a backward
+                return plain(x)
+            graph.launch(x)
+            ahead = _Replay(key, graph, watch.addresses())
+        self._last = ahead
+        return graph.finish(_Run(self, graph, state), x, leaves)
+
+    def _ahead(self, x: Tensor, key: object) -> _Replay | None:
+        """Launches what the last call replayed, if this one is of its size, before all else is
+        asked: meanwhile the device computes. In vain where the answer is another."""
+        last, self._last = self._last, None
+        if last is None or last.key != key or last.graph.flies:
+            return None
+        watch = self._watch
+        if watch is None or watch.addresses() != last.addresses:
+            return None  # memory that may be gone
+        if torch.cuda.is_current_stream_capturing():
+            return None
+        last.graph.launch(x)
+        return last
+
+    def _taken(self, x: Tensor) -> Watch | None:
+        """The block as it is, where a replay could stand for this call."""
         if not self.site.active or x.dim() != 3 or not 0 < x.numel() <= self.tokens * x.shape[-1]:
-            return False
-        if not direct(x) or _watched() or recomputing():
-            return False
+            return None
+        if _watched() or recomputing():
+            return None
         visit: Visit | None = vars(self.parts.experts).get(BOUND)
         if visit is not None:
             forward = visit.forward
             if visit.sealed or forward.recordings or forward.replay is not None:
-                return False
+                return None
         block = self.parts.block
         if block.training and (self.site.attachment or vars(block).get("jitter_noise")):
-            return False
+            return None
         watch = self._watch
         if watch is None or watch.changed():
             self._sizes.clear()
             watch = self._watch = Watch(self.parts, self.site)
-        return watch.reason is None and not any(watch.hooks)
-
-    def __call__(self, x: Tensor, plain: Callable[[Tensor], Any]) -> Any:
-        """The block's output, for a call that `take` takes. plain: its own forward."""
-        watch = self._watch
-        assert watch is not None
-        trains = torch.is_grad_enabled() and (x.requires_grad or bool(watch.leaves()))
-        state = watch.state(trains)
-        if state is None:
-            return plain(x)
-        place = _place(x)
-        size = self._size((place, x.shape, x.dtype, trains, trains and x.requires_grad))
-        if size.state != state:
-            size.move(state)
-        if size.graph is None and size.seen >= WARM_UP and size.reason is None:
-            self._record(size, place, x, trains)
-        if size.graph is None:
-            return _counted(size, x, plain, trains)
-        if isinstance(size.graph, Inference):
-            return size.graph(x)
-        assert size.graph is not None
-        if size.graph.flies:  # several forwards before a backward
-            return plain(x)
-        if self.site.add_to_grad:
-            up, down = watch.matrices()
-            check_adds(x, up, down)
-        return replayed(_Run(self, size, size.graph, state), x, *watch.leaves())
+        return watch if watch.reason is None and not any(watch.hooks) else None
 
     def again(self, x: Tensor, dy: Tensor) -> list[Tensor | None]:
         """The gradients of x and of the leaves by Python, within backward."""
@@ -161,14 +177,14 @@ class Graphs:
             size = sizes[key] = _Size()
         return size
 
-    def _record(self, size: _Size, place: object, x: Tensor, trains: bool) -> None:
+    def _record(self, size: _Size, key: tuple[Any, ...], x: Tensor, trains: bool) -> None:
         if sum(one.graph is not None for one in self._sizes.values()) >= SIZES:
             return
         block, watch = self.parts.block, self._watch
         assert watch is not None
         try:
             with on_device_of(x):
-                memory = self.memories.at(place)
+                memory = self.memories.at(key[:2])
                 if trains:
                     size.graph = Training(block, x, watch.added, memory)
                 else:
@@ -197,16 +213,23 @@ class _Size:
         self.seen += 1
 
 
-class _Run:
-    """One replayed call, for its node."""
+class _Replay(NamedTuple):
+    """The last call, if it was replayed. addresses: of the weights then."""
 
-    def __init__(self, graphs: Graphs, size: _Size, graph: Training, state: object) -> None:
-        self.graphs, self.graph, self.state = graphs, graph, state
+    key: object
+    graph: Inference | Training
+    addresses: list[int]
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Flight]:
-        return self.graph.forward(x)
+
+class _Run(NamedTuple):
+    """One replayed call, for its backward."""
+
+    graphs: Graphs
+    graph: Inference | Training
+    state: object
 
     def backward(self, x: Tensor, dy: Tensor, flight: Flight) -> Sequence[Tensor | None]:
+        assert isinstance(self.graph, Training)
         grads = self.graph.backward(dy, flight) if self.graphs.still(self.state) else None
         return self.graphs.again(x, dy) if grads is None else grads
 
@@ -234,7 +257,7 @@ def _watched() -> bool:
     )
 
 
-def _place(x: Tensor) -> object:
-    """Device and current stream."""
-    device = x.get_device()
-    return device, torch._C._cuda_getCurrentRawStream(device)
+def _key(x: Tensor) -> tuple[Any, ...]:
+    """What one graph is recorded for: device and current stream first."""
+    device, stream = x.get_device(), torch._C._cuda_getCurrentRawStream
+    return device, stream(device), x.shape, x.dtype, torch.is_grad_enabled(), x.requires_grad

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -56,12 +56,6 @@ class Memories:
         return self._by_place[place]
 
 
-class Flight:
-    """From a replayed forward to its backward, or until nobody can ask for that any more."""
-
-    __slots__ = ("__weakref__",)
-
-
 class _Bare(nn.Module):
     """The block without its hooks, which run around its forward, recorded or not."""
 
@@ -74,7 +68,9 @@ class _Bare(nn.Module):
 
 
 class Inference:
-    """forward(x) without gradients."""
+    """y of x without gradients. Where `flies` is False, `launch` and then `finish`."""
+
+    flies = False
 
     def __init__(self, block: nn.Module, x: Tensor, memory: Memory) -> None:
         with torch.inference_mode(False), torch.no_grad(), torch.cuda.stream(memory.side):
@@ -82,20 +78,28 @@ class Inference:
             self.replay, y = recorded(lambda: block.forward(self.x), memory.pool, ERRORS)
             self.y = _one(y)
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def launch(self, x: Tensor) -> None:
         self.x.copy_(x)
         self.replay()
+
+    def finish(self, *_: object) -> Tensor:
         return self.y.clone()
 
 
+class Flight:
+    """From a replayed forward to its backward, or until nobody can ask for that any more."""
+
+    __slots__ = ("__weakref__",)
+
+
 class Training:
-    """forward(x), and the gradients of x and of the parameters that require one.
+    """y of x, and the gradients of x and of the parameters that require one.
 
     added: names of parameters whose gradients the block's backward adds to itself.
     """
 
     def __init__(self, block: nn.Module, x: Tensor, added: Sequence[str], memory: Memory) -> None:
-        self._flight: Callable[[], Flight | None] = lambda: None
+        self._flight: Callable[[], Flight | None] = _over
         # Leaves of this graph alone: autograd ties a leaf to the stream that used it first.
         twins: dict[str, Tensor] = {}
         for name, parameter in block.named_parameters():
@@ -130,12 +134,20 @@ class Training:
 
     @property
     def flies(self) -> bool:
+        """A backward may still come that needs what the last forward kept."""
         return self._flight() is not None
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Flight]:
-        """y, and what to come back with for the gradients."""
+    def launch(self, x: Tensor) -> None:
         self.x.copy_(x)
         self.replay()
+
+    def finish(self, run: Run, x: Tensor, leaves: Sequence[Tensor]) -> Tensor:
+        """y with a node, whose backward asks `run`."""
+        y: Tensor = _replayed(self, run, x, *leaves)
+        return y
+
+    def take_off(self) -> tuple[Tensor, Flight]:
+        """y, and what to come back with for the gradients."""
         flight = Flight()
         self._flight = weakref.ref(flight)
         return self.y.clone(), flight
@@ -144,10 +156,20 @@ class Training:
         """The gradients; None where they have been asked for before, and what they need is gone."""
         if self._flight() is not flight:
             return None
-        self._flight = lambda: None
+        self._flight = _over
         self.dy.copy_(dy)
         self.replay_backward()
         return [None if grad is None else grad.clone() for grad in self.grads]
+
+
+class Run(Protocol):
+    def backward(self, x: Tensor, dy: Tensor, flight: Flight) -> Sequence[Tensor | None]:
+        """The gradients of x and of the leaves."""
+        ...
+
+
+def _over() -> None:
+    return None
 
 
 def _one(y: Any) -> Tensor:
@@ -157,12 +179,9 @@ def _one(y: Any) -> Tensor:
 
 
 class _Replayed(torch.autograd.Function):
-    """run: forward(x) -> y, flight and backward(x, dy, flight) -> gradients of x and leaves."""
-
     @staticmethod
-    def forward(ctx: Any, run: Any, x: Tensor, *leaves: Tensor) -> Tensor:
-        y: Tensor
-        y, ctx.flight = run.forward(x)
+    def forward(ctx: Any, graph: Training, run: Run, x: Tensor, *leaves: Tensor) -> Tensor:
+        y, ctx.flight = graph.take_off()
         ctx.run = run
         # For torch's own refusals: written to since, or freed by a backward before.
         ctx.save_for_backward(x, *leaves)
@@ -172,7 +191,7 @@ class _Replayed(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         refuse_second_order("a block replayed from CUDA graphs", "graphs=0")
         x, *_ = ctx.saved_tensors
-        return (None, *ctx.run.backward(x, dy, ctx.flight))
+        return (None, None, *ctx.run.backward(x, dy, ctx.flight))
 
 
-replayed = node(_Replayed)
+_replayed = node(_Replayed)

@@ -63,21 +63,29 @@ class Watch:
     def leaves(self) -> list[Tensor]:
         return [tensor for tensor in self.tensors() if tensor.requires_grad]
 
-    def state(self, trains: bool) -> object | None:
-        """Where everything lies that a graph has been recorded with; None where none can be: in
-        training the experts' gradients have to be there, and to be added to, or not be wanted."""
+    def addresses(self) -> list[int]:
+        return [tensor.data_ptr() for tensor in self.tensors()]
+
+    def state(self, with_grad: bool) -> object | None:
+        """Where everything lies that a graph has been recorded with; None where none can be: with
+        gradients, the experts' have to be there, and to be added to, or not be wanted."""
         tensors = self.tensors()
-        if not trains:
-            return [(tensor.data_ptr(), tensor.dtype) for tensor in tensors]
-        lie = [(tensor.data_ptr(), tensor.dtype, tensor.requires_grad) for tensor in tensors]
+        lie = [(tensor.data_ptr(), tensor.dtype) for tensor in tensors]
+        if not with_grad:
+            return lie
         into = []
         for matrix in self.matrices():
             if matrix.requires_grad:
-                grad = addable(matrix) if self._adds else None
+                grad = addable(matrix) if self._adds and _silent(matrix) else None
                 if grad is None:
                     return None
                 into.append(grad.data_ptr())
-        return lie, into
+        return lie, into, [tensor.requires_grad for tensor in tensors]
+
+
+def _silent(matrix: Tensor) -> bool:
+    """Nobody waits for its gradient; who does gets moetk's refusal, by Python."""
+    return matrix.is_leaf and not (matrix._backward_hooks or matrix._post_accumulate_grad_hooks)
 
 
 _GLOBAL_HOOKS = [

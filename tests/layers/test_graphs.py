@@ -29,7 +29,10 @@ pytestmark = pytest.mark.usefixtures("gpu")
 @pytest.fixture
 def gpu(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> Driver:
     """What the block asks a GPU."""
-    monkeypatch.setattr("moetk.layers.graphs.block.direct", lambda x: type(x) is Tensor)
+    monkeypatch.setattr(
+        "moetk.layers.graphs.block.direct",
+        lambda x: type(x) is Tensor and not torch.compiler.is_compiling(),
+    )
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: bool(driver.recording))
     stream = {"now": 0}
     monkeypatch.setattr(
@@ -233,12 +236,13 @@ def test_a_hook_within_the_block_runs() -> None:
     recorded(mine)
     seen: list[Any] = []
     handle = mine.gate.register_forward_hook(lambda *_: seen.append(1))
-    stepped(mine, drawn(10), drawn(60))
-    assert seen == [1] and Graph.replays == 2
+    for _ in range(2):
+        stepped(mine, drawn(10), drawn(60))
+    assert seen == [1, 1] and Graph.replays == 3  # once in vain, before it asked
     assert "a hook within the block" in replacement.explain()
     handle.remove()
     stepped(mine, drawn(10), drawn(60))
-    assert seen == [1] and Graph.replays == 4
+    assert seen == [1, 1] and Graph.replays == 5
 
 
 def test_a_hook_on_the_block_is_no_part_of_what_is_replayed() -> None:
@@ -281,11 +285,13 @@ def test_recordings_and_replays_of_routings_run_as_python() -> None:
         with moetk.record(model) as recording:
             model(ids())
         assert len(recording[0]) == 1
+        after = Graph.replays
+        assert after == before + 2  # each block's once in vain, before it asked
         with moetk.replay(model, recording):
             assert torch.equal(model(ids()).logits, want)
-        assert Graph.replays == before
+        assert Graph.replays == after
         model(ids())
-    assert Graph.replays > before
+    assert Graph.replays > after
 
 
 def test_losses_act_in_training_and_blocks_are_replayed_in_evaluation() -> None:

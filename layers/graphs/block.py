@@ -84,6 +84,8 @@ class Graphs:
         size = self._size(key)
         if size.state != state:
             size.move(state)
+        if size.graph is not None and not size.graph.input.fits(x):
+            size.graph, size.copies = None, True
         if size.graph is None and size.seen >= WARM_UP and size.reason is None:
             self._record(size, key, x, trains)
         graph = size.graph
@@ -101,7 +103,7 @@ class Graphs:
         """Launches what the last call replayed, if this one is of its size, before all else is
         asked: meanwhile the device computes. In vain where the answer is another."""
         last, self._last = self._last, None
-        if last is None or last.key != key or last.graph.flies:
+        if last is None or last.key != key or last.graph.flies or not last.graph.input.fits(x):
             return None
         watch = self._watch
         if watch is None or watch.addresses() != last.addresses:
@@ -185,18 +187,21 @@ class Graphs:
         try:
             with on_device_of(x):
                 memory = self.memories.at(key[:2])
+                copies = size.copies or not x.is_contiguous()
                 if trains:
-                    size.graph = Training(block, x, watch.added, memory)
+                    size.graph = Training(block, x, copies, memory, watch.added)
                 else:
-                    size.graph = Inference(block, x, memory)
+                    size.graph = Inference(block, x, copies, memory)
         except Exception as error:  # whatever keeps it from a graph: Python goes on without
             size.reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
 
 
 class _Size:
-    """One size of input. seen: calls that ran to their end. state: what they found where."""
+    """One size of input. seen: calls that ran to their end. state: what they found where. copies:
+    inputs did not always lie in the same place."""
 
     def __init__(self) -> None:
+        self.copies = False
         self.seen = self.moves = 0
         self.state: object = None
         self.graph: Inference | Training | None = None

@@ -1,9 +1,11 @@
 """A block's forward and backward for one size of its input, as a CUDA graph each.
 
-What `torch.cuda.make_graphed_callables` makes, but for three things. What a replay computes is
-handed out as a copy, so that nobody's tensor changes under his hands. Gradients that backward adds
-to itself are added to where they lie. And the graph of a forward is not replayed again while the
-backward of its last replay is still to come.
+What `torch.cuda.make_graphed_callables` makes, but for four things. What a replay computes is
+handed out as a copy, so that nobody's tensor changes under his hands. Its input is read where it
+lies as long as it lies there in every call, which is the rule where each step allocates as the one
+before, and copied only when it did not. Gradients that backward adds to itself are added to where
+they lie. And the graph of a forward is not replayed again while the backward of its last replay is
+still to come.
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ class Memory:
     def input_like(self, tensor: Tensor) -> Tensor:
         key = (tensor.shape, tensor.dtype)
         if key not in self._inputs:
-            self._inputs[key] = torch.zeros_like(tensor, requires_grad=False)
+            self._inputs[key] = _buffer_like(tensor)
         return self._inputs[key]
 
 
@@ -67,19 +69,40 @@ class _Bare(nn.Module):
         return self.block.forward(x)
 
 
+class Input:
+    """What a graph reads. at: None = a buffer, into which each call's x is copied; else the address
+    of all calls' x, which belongs to them."""
+
+    def __init__(self, x: Tensor, buffer: Callable[[Tensor], Tensor] | None) -> None:
+        self.at = x.data_ptr() if buffer is None else None
+        self._buffer = None if buffer is None else buffer(x)
+
+    def tensor(self, x: Tensor) -> Tensor:
+        """To record with. Not kept: who holds another's memory sees it move."""
+        return x.detach() if self._buffer is None else self._buffer
+
+    def fits(self, x: Tensor) -> bool:
+        return self.at is None or (x.data_ptr() == self.at and x.is_contiguous())
+
+    def fill(self, x: Tensor) -> None:
+        if self._buffer is not None:
+            self._buffer.copy_(x)
+
+
 class Inference:
-    """y of x without gradients. Where `flies` is False, `launch` and then `finish`."""
+    """y of x without gradients: where `fits(x)` and not `flies`, `launch` and then `finish`."""
 
     flies = False
 
-    def __init__(self, block: nn.Module, x: Tensor, memory: Memory) -> None:
+    def __init__(self, block: nn.Module, x: Tensor, copies: bool, memory: Memory) -> None:
         with torch.inference_mode(False), torch.no_grad(), torch.cuda.stream(memory.side):
-            self.x = memory.input_like(x)
-            self.replay, y = recorded(lambda: block.forward(self.x), memory.pool, ERRORS)
+            self.input = Input(x, memory.input_like if copies else None)
+            read = self.input.tensor(x)
+            self.replay, y = recorded(lambda: block.forward(read), memory.pool, ERRORS)
             self.y = _one(y)
 
     def launch(self, x: Tensor) -> None:
-        self.x.copy_(x)
+        self.input.fill(x)
         self.replay()
 
     def finish(self, *_: object) -> Tensor:
@@ -93,12 +116,14 @@ class Flight:
 
 
 class Training:
-    """y of x, and the gradients of x and of the parameters that require one.
+    """y of x, and the gradients of x and of the parameters that require one; used as `Inference`.
 
     added: names of parameters whose gradients the block's backward adds to itself.
     """
 
-    def __init__(self, block: nn.Module, x: Tensor, added: Sequence[str], memory: Memory) -> None:
+    def __init__(
+        self, block: nn.Module, x: Tensor, copies: bool, memory: Memory, added: Sequence[str]
+    ) -> None:
         self._flight: Callable[[], Flight | None] = _over
         # Leaves of this graph alone: autograd ties a leaf to the stream that used it first.
         twins: dict[str, Tensor] = {}
@@ -108,8 +133,8 @@ class Training:
                 twin.grad = parameter.grad
             twins[f"block.{name}"] = twin
         with torch.inference_mode(False), torch.enable_grad(), torch.cuda.stream(memory.side):
-            self.x = torch.zeros_like(x, requires_grad=False)
-            leaf = self.x.detach().requires_grad_(x.requires_grad)
+            self.input = Input(x, _buffer_like if copies else None)
+            leaf = self.input.tensor(x).detach().requires_grad_(x.requires_grad)
             bare = _Bare(block)
             # Its memory is its own: it has to stay as it is until backward.
             self.replay, made = recorded(
@@ -138,7 +163,7 @@ class Training:
         return self._flight() is not None
 
     def launch(self, x: Tensor) -> None:
-        self.x.copy_(x)
+        self.input.fill(x)
         self.replay()
 
     def finish(self, run: Run, x: Tensor, leaves: Sequence[Tensor]) -> Tensor:
@@ -170,6 +195,10 @@ class Run(Protocol):
 
 def _over() -> None:
     return None
+
+
+def _buffer_like(x: Tensor) -> Tensor:
+    return torch.zeros_like(x, requires_grad=False)
 
 
 def _one(y: Any) -> Tensor:

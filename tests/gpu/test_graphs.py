@@ -77,6 +77,30 @@ def test_a_block(family, tokens):
     assert replays(models[1]) == 2
 
 
+@pytest.mark.parametrize("grad", [True, False])
+def test_an_input_that_lies_in_one_place_is_read_there_until_it_does_not(grad):
+    models = twins("qwen3_moe")
+    plain, mine = blocks(models)
+    place, elsewhere = (normal(seed, 1, 40, H, dtype=BF16) for seed in (0, 1))
+    kinds = []
+    for seed, x in enumerate([place] * 6 + [elsewhere] * 2 + [place]):
+        x.copy_(normal(seed + 10, 1, 40, H))
+        found = []
+        for block in (mine, plain):
+            if grad:
+                leaf = x.detach().requires_grad_()
+                y = block(leaf)
+                y.backward(normal(seed + 50, 1, 40, H, dtype=BF16))
+                found.append([y.detach(), leaf.grad, *(p.grad.clone() for p in block.parameters())])
+            else:
+                with torch.no_grad():
+                    found.append([block(x)])
+        assert_same(*found)
+        [graph] = [size.graph for size in states(models[1])]
+        kinds.append(None if graph is None else graph.input.at == place.data_ptr())
+    assert kinds == [None, None, True, True, True, True, False, False, False]
+
+
 @pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3"])
 def test_layers_of_a_model_share_memory(family):
     """Each layer's graphs run between another's forward and backward."""

@@ -40,6 +40,7 @@ def gpu(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> Driver:
     )
     monkeypatch.setattr(driver, "streams", stream, raising=False)
     monkeypatch.setattr(Graph, "replays", 0)
+    ALIVE.clear()
     return driver
 
 
@@ -61,12 +62,18 @@ def pair(family: str = "qwen3_moe", tokens: int = 64, **changes: Any) -> tuple[A
 
 
 def drawn(seed: int, tokens: int = 6) -> Tensor:
-    return torch.randn(1, tokens, H, generator=torch.Generator().manual_seed(seed))
+    """Each in a place of its own."""
+    x = torch.randn(1, tokens, H, generator=torch.Generator().manual_seed(seed))
+    ALIVE.append(x)
+    return x.detach()
+
+
+ALIVE: list[Tensor] = []
 
 
 def stepped(block: Any, x: Tensor, dy: Tensor) -> list[Tensor | None]:
     block.zero_grad()
-    leaf = x.clone().requires_grad_()
+    leaf = x.detach().requires_grad_()
     y = block(leaf)
     y.backward(dy)
     return [y.detach(), leaf.grad, *(parameter.grad for parameter in block.parameters())]
@@ -118,6 +125,32 @@ def test_gradients_of_replays_are_those_of_python() -> None:
         call = drawn(seed), drawn(seed + 50)
         assert same(stepped(mine, *call), stepped(plain, *call))
         assert Graph.replays == max(0, 2 * (seed - 1))
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_an_input_that_lies_in_one_place_is_read_there_until_it_does_not(grad: bool) -> None:
+    plain, mine, _ = pair()
+    place, elsewhere = drawn(0), drawn(0)
+    assert place.data_ptr() != elsewhere.data_ptr()
+    graphs = []
+    for seed, x in enumerate([place] * 5 + [elsewhere] * 2 + [place]):
+        x.copy_(drawn(seed))
+        if grad:
+            found = []
+            for block in (mine, plain):
+                block.zero_grad()
+                leaf = x.detach().requires_grad_()
+                y = block(leaf)
+                y.backward(drawn(seed + 50))
+                found.append([y.detach(), leaf.grad, block.gate.weight.grad])
+            assert same(*found)
+        else:
+            with torch.no_grad():
+                assert torch.equal(mine(x), plain(x))
+        graphs.append(next(iter(vars(mine)[GRAPHS]._sizes.values())).graph)
+    assert graphs[1] is None and len({id(graph) for graph in graphs[2:5]}) == 1
+    assert graphs[2].input.at == place.data_ptr()
+    assert len({id(graph) for graph in graphs[5:]}) == 1 and graphs[5].input.at is None
 
 
 def test_parameters_alone_are_trained() -> None:
@@ -234,15 +267,16 @@ def test_weights_that_move_between_forward_and_backward() -> None:
 def test_a_hook_within_the_block_runs() -> None:
     _, mine, replacement = pair()
     recorded(mine)
+    stepped(mine, drawn(9), drawn(59))
     seen: list[Any] = []
     handle = mine.gate.register_forward_hook(lambda *_: seen.append(1))
     for _ in range(2):
         stepped(mine, drawn(10), drawn(60))
-    assert seen == [1, 1] and Graph.replays == 3  # once in vain, before it asked
+    assert seen == [1, 1] and Graph.replays == 5  # once in vain, before it asked
     assert "a hook within the block" in replacement.explain()
     handle.remove()
     stepped(mine, drawn(10), drawn(60))
-    assert seen == [1, 1] and Graph.replays == 5
+    assert seen == [1, 1] and Graph.replays == 7
 
 
 def test_a_hook_on_the_block_is_no_part_of_what_is_replayed() -> None:
@@ -286,7 +320,7 @@ def test_recordings_and_replays_of_routings_run_as_python() -> None:
             model(ids())
         assert len(recording[0]) == 1
         after = Graph.replays
-        assert after == before + 2  # each block's once in vain, before it asked
+        assert before <= after <= before + 2  # at most once in vain, before it asked
         with moetk.replay(model, recording):
             assert torch.equal(model(ids()).logits, want)
         assert Graph.replays == after

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -48,6 +49,7 @@ class Driver:
     def __init__(self) -> None:
         self.stream: object = "default"
         self.pools: list[str] = []
+        self.graphs: dict[object, weakref.WeakSet[Graph]] = {}
         self.recording: set[object] = set()
         self.generator_waits = False
         self.broken = False
@@ -75,6 +77,12 @@ class Driver:
         capture_error_mode: str = "global",
     ) -> Any:
         assert stream is self.stream and stream != "default"
+        graphs = self.graphs.get(pool)
+        if graphs is not None and not graphs:
+            raise RuntimeError(
+                "use_count > 0 INTERNAL ASSERT FAILED"
+            )  # it went with its last graph
+        self.graphs.setdefault(pool, weakref.WeakSet()).add(graph)
         return Capture(self, graph, pool or object())
 
     def end(self, device: int, pool: object) -> None:

@@ -186,7 +186,7 @@ class Graphs:
         assert watch is not None
         try:
             with on_device_of(x):
-                memory = self.memories.at(key[:2])
+                memory = self.memories.at(key[:2], x.device)
                 copies = size.copies or not x.is_contiguous()
                 if trains:
                     size.graph = Training(block, x, copies, memory, watch.added)

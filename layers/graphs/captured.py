@@ -31,8 +31,11 @@ class Memory:
     """What graphs have in common that run one after the other, on one stream: what they compute
     with, and where their inputs are put."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
         self.side, self.pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
+        with torch.cuda.stream(self.side):
+            # A pool ends with its last graph: this one stays.
+            self._stays = recorded(lambda: torch.zeros(1, device=device), self.pool, ERRORS)
         self._inputs: dict[tuple[torch.Size, torch.dtype], Tensor] = {}
 
     def input_like(self, tensor: Tensor) -> Tensor:
@@ -51,10 +54,10 @@ class Memories:
     def __reduce__(self) -> tuple[Any, ...]:
         return Memories, ()  # a copy of the model records its own
 
-    def at(self, place: object) -> Memory:
-        """place: names the current stream."""
+    def at(self, place: object, device: torch.device) -> Memory:
+        """place: names the device and its current stream."""
         if place not in self._by_place:
-            self._by_place[place] = Memory()
+            self._by_place[place] = Memory(device)
         return self._by_place[place]
 
 

@@ -6,24 +6,28 @@ without; it must not do what that Python would not have done.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._device import DeviceContext
 
+from moetk.experts import pick_backend
 from moetk.kernels.direct import direct, on_device_of
 from moetk.layers.carrier import ModelForward, Visit
-from moetk.layers.graphs.captured import Flight, Inference, Memories, Training
+from moetk.layers.graphs.captured import Bare, Call, Inference, Memories, Training, replayed, twin
 from moetk.layers.graphs.watch import Parts, Watch
 from moetk.layers.shells import BOUND, Site, recomputing
 from moetk.layers.swap import extend, withdraw
 
 GRAPHS = "_moetk_graphs"
 WARM_UP = 2  # calls of a size before it is recorded: by then its kernels are compiled
-SIZES = 8  # recorded for each block
+SIZES = 8  # recorded at once for each block
 _SEEN = 64  # sizes that are counted at once
-_MOVES = 3  # recordings of a size whose weights or gradients have moved
+_TIMES = 3  # recordings of a size
 
 
 def put_in(blocks: Sequence[tuple[Parts, Site]], tokens: int) -> None:
@@ -45,7 +49,7 @@ class BlockShell:
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         graphs: Graphs | None = self.__dict__.get(GRAPHS)
         plain = super().forward  # type: ignore[misc]
-        if graphs is None or args or kwargs or not direct(hidden_states):
+        if graphs is None or args or kwargs or not direct(hidden_states) or not graphs.of(self):
             return plain(hidden_states, *args, **kwargs)
         return graphs(hidden_states, plain)
 
@@ -53,213 +57,293 @@ class BlockShell:
 class Graphs:
     """Of one block: the sizes that were recorded, and what they were recorded with.
 
-    tokens: calls of more are left to Python, as is every call in which somebody else has a part: a
-    hook inside the block, a router of the user's, losses and controllers in training, a recording
-    or a replay of routings, activation checkpointing, autocast, torch.compile, an outer capture.
+    tokens: calls of more are left to Python, as is every call in which something else may have a
+    part: a hook or a class of the user's within the block, a router of his own, losses and
+    controllers in training, a recording or a replay of routings, activation checkpointing,
+    autocast, a mode of torch's, torch.compile, an outer capture, a second thread. What holds for
+    the whole process (the precision of products, deterministic algorithms) is as it was at the
+    recording.
     """
 
     def __init__(self, parts: Parts, site: Site, memories: Memories, tokens: int) -> None:
         self.parts, self.site, self.memories, self.tokens = parts, site, memories, tokens
         self._watch: Watch | None = None
         self._sizes: dict[Any, _Size] = {}
-        self._last: _Replay | None = None
+        self._last: _Last | None = None
+        self._why: str | None = None
+        self._calls = 0
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A copy of the model records its own; this may run before the block itself is copied.
         return Graphs, (self.parts, self.site, self.memories, self.tokens)
 
+    def of(self, block: object) -> bool:
+        """Whether they are this block's, and not those that a shallow copy came with."""
+        return self.parts.block is block
+
     def __call__(self, x: Tensor, plain: Callable[[Tensor], Any]) -> Any:
         """The block's output. x: of which `direct` holds. plain: the block's own forward."""
-        key = _key(x)
-        ahead = self._ahead(x, key)
-        watch = self._taken(x)
-        if watch is None:
-            return plain(x)
+        if not self.memories.lock.acquire(blocking=False):
+            return plain(x)  # another thread's call, whose memory this one would overwrite
+        try:
+            y = self._replayed(x)
+        finally:
+            self.memories.lock.release()
+        if isinstance(y, Tensor):
+            return y
+        return plain(x) if y is None or y.reason is not None else _counted(y, x, plain)
+
+    def _replayed(self, x: Tensor) -> Tensor | _Size | None:
+        """The output; or the size to be counted, None for a call that does not count."""
+        key, watch, last, ahead = _key(x), self._watch, self._last, None
+        self._last = None
         with_grad = torch.is_grad_enabled()
-        state = watch.state(with_grad)
+        state = None if watch is None else watch.state(with_grad)
+        # What the last call replayed is launched before all else is asked: meanwhile the device
+        # computes. In vain where the answer is another; but never into memory that is not there.
+        if last is not None and last.holds(key, state, x):
+            last.graph.launch(x)
+            ahead = last
+        self._why = self._why_not(x)
+        if self._why is not None:
+            return None
+        assert self._watch is not None
+        if watch is not self._watch:
+            watch, ahead = self._watch, None
+            state = watch.state(with_grad)
         if state is None:
-            return plain(x)
-        leaves = watch.leaves() if with_grad else []
-        trains = with_grad and (x.requires_grad or bool(leaves))
+            self._why = "the experts train, without gradients that are there to be added to"
+            return None
         size = self._size(key)
         if size.state != state:
             size.move(state)
         if size.graph is not None and not size.graph.input.fits(x):
             size.graph, size.copies = None, True
         if size.graph is None and size.seen >= WARM_UP and size.reason is None:
-            self._record(size, key, x, trains)
+            self._record(size, key, x, watch)
         graph = size.graph
         if graph is None:
-            return _counted(size, x, plain, trains)
-        if ahead is None or graph is not ahead.graph:
-            if graph.flies:  # several forwards before a backward
-                return plain(x)
+            self._why = size.reason or "its size has not come often enough"
+            return size
+        if ahead is None or ahead.graph is not graph:
+            if graph.pending:
+                self._why = "the backward of the forward before was still to come"
+                return None
             graph.launch(x)
-            ahead = _Replay(key, graph, watch.addresses())
+            ahead = _Last(key, state, graph)
         self._last = ahead
-        return graph.finish(_Run(self, graph, state), x, leaves)
+        if isinstance(graph, Inference):
+            return graph.output()
+        then = _Then(watch, watch.buffers(), [module.training for module in watch.modules])
+        call = Call(graph, self.memories.lock, partial(self._again, then))
+        return replayed(call, x, *watch.parameters())  # type: ignore[no-any-return]
 
-    def _ahead(self, x: Tensor, key: object) -> _Replay | None:
-        """Launches what the last call replayed, if this one is of its size, before all else is
-        asked: meanwhile the device computes. In vain where the answer is another."""
-        last, self._last = self._last, None
-        if last is None or last.key != key or last.graph.flies or not last.graph.input.fits(x):
-            return None
-        watch = self._watch
-        if watch is None or watch.addresses() != last.addresses:
-            return None  # memory that may be gone
+    def _why_not(self, x: Tensor) -> str | None:
+        """Why this call runs as Python; None where a replay can stand for it."""
+        if x.dim() != 3 or not 0 < x.numel() <= self.tokens * x.shape[-1]:
+            return "it had more tokens than asked for, or none"
+        if not self.site.active:
+            return "the model was restored"
         if torch.cuda.is_current_stream_capturing():
-            return None
-        last.graph.launch(x)
-        return last
-
-    def _taken(self, x: Tensor) -> Watch | None:
-        """The block as it is, where a replay could stand for this call."""
-        if not self.site.active or x.dim() != 3 or not 0 < x.numel() <= self.tokens * x.shape[-1]:
-            return None
-        if _watched() or recomputing():
-            return None
+            return "it was captured from outside"
+        if torch.is_autocast_enabled("cuda"):
+            return "autocast was on"
+        if recomputing() or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+            return "what backward needs was kept elsewhere (checkpointing)"
+        if _in_a_function_mode():
+            return "a mode of torch's was on"
         visit: Visit | None = vars(self.parts.experts).get(BOUND)
         if visit is not None:
             forward = visit.forward
             if visit.sealed or forward.recordings or forward.replay is not None:
-                return None
+                return "routings were recorded or replayed"
         block = self.parts.block
         if block.training and (self.site.attachment or vars(block).get("jitter_noise")):
-            return None
+            return "losses, controllers or noise act in training"
         watch = self._watch
         if watch is None or watch.changed():
             self._sizes.clear()
             watch = self._watch = Watch(self.parts, self.site)
-        return watch if watch.reason is None and not any(watch.hooks) else None
+        if watch.reason is None and watch.hooked():
+            return "a hook within the block acts"
+        return watch.reason
 
-    def again(self, x: Tensor, dy: Tensor) -> list[Tensor | None]:
-        """The gradients of x and of the leaves by Python, within backward."""
-        watch, parts = self._watch, self.parts
-        assert watch is not None
-        leaf = x.detach().requires_grad_(x.requires_grad)
-        leaves = [leaf, *watch.leaves()]
-        visit = Visit(ModelForward(), 0)  # of which the family's own router reads nothing
-        shells = (vars(parts.gate), vars(parts.experts))
-        before = [held.get(BOUND) for held in shells]
+    def _again(
+        self,
+        then: _Then,
+        x: Tensor,
+        parameters: Sequence[Tensor],
+        dy: Tensor,
+        wanted: Sequence[bool],
+    ) -> list[Tensor | None]:
+        """The gradients of x and of the parameters by Python, as the forward found the block.
+
+        Raises RuntimeError where a buffer was written to since: the choice could be another.
+        """
+        if [buffer._version for buffer in then.buffers] != then.versions:
+            raise RuntimeError(
+                f"{self.site.name}: what its forward kept was overwritten by a later one, and one "
+                "of its buffers has been modified by an inplace operation since, so that it cannot "
+                "be computed again. Go back once, and before the next forward; or graphs=0."
+            )
+        leaf, names, added = (
+            x.detach().requires_grad_(wanted[0]),
+            then.watch.names,
+            then.watch.added,
+        )
+        triples = zip(parameters, wanted[1:], names, strict=True)
+        leaves = [leaf, *(twin(p, want, name in added) for p, want, name in triples)]
+        with self._as(then), torch.enable_grad():
+            y = Bare(self.parts.block).with_parameters(names, leaves[1:], leaf)
+        asked = [one for one, want in zip(leaves, wanted, strict=True) if want]
+        grads = iter(torch.autograd.grad(y, asked, dy, allow_unused=True))
+        return [next(grads) if want else None for want in wanted]
+
+    @contextmanager
+    def _as(self, then: _Then) -> Iterator[None]:
+        """The block trains as it did, and runs in a forward of its own, of which the family's own
+        router reads nothing."""
+        visit, modules = Visit(ModelForward(), 0), then.watch.modules
+        shells = (vars(self.parts.gate), vars(self.parts.experts))
+        before, trained = [held.get(BOUND) for held in shells], [m.training for m in modules]
         try:
             for held in shells:
                 held[BOUND] = visit
-            with torch.enable_grad():
-                y = parts.block.forward(leaf)
+            _set_training(modules, then.training)
+            yield
         finally:
             for held, was in zip(shells, before, strict=True):
                 held[BOUND] = was
-        wanted = [tensor for tensor in leaves if tensor.requires_grad]
-        grads = iter(torch.autograd.grad(y, wanted, dy, allow_unused=True))
-        return [next(grads) if tensor.requires_grad else None for tensor in leaves]
-
-    def still(self, state: object) -> bool:
-        """Whether weights and gradients lie where they lay."""
-        watch = self._watch
-        return watch is not None and not watch.changed() and watch.state(True) == state
+            _set_training(modules, trained)
 
     def explain(self) -> str:
         """What is replayed by now, or why nothing is."""
-        watch = Watch(self.parts, self.site)
+        watch = self._watch
+        if watch is None or watch.changed():
+            watch = Watch(self.parts, self.site)
         if watch.reason is not None:
             return f"none: {watch.reason}"
-        if any(watch.hooks):
-            return "none: a hook within the block runs in Python"
         recorded = sum(size.graph is not None for size in self._sizes.values())
         reasons = dict.fromkeys(one.reason for one in self._sizes.values() if one.reason)
-        return "; ".join((f"{recorded} sizes recorded", *reasons))
+        last = [f"the last call ran as Python: {self._why}"] if self._why else []
+        return "; ".join((f"{recorded} sizes recorded", *reasons, *last))
 
     def _size(self, key: Any) -> _Size:
         sizes = self._sizes
         size = sizes.get(key)
         if size is None:
-            if len(sizes) >= _SEEN:  # the oldest that came to nothing
-                del sizes[next(k for k, one in sizes.items() if one.graph is None)]
+            if len(sizes) >= _SEEN:
+                idle = [known for known, one in sizes.items() if one.graph is None]
+                # Those that cannot be recorded last: they would be tried again.
+                del sizes[min(idle, key=lambda known: sizes[known].reason is not None)]
             size = sizes[key] = _Size()
+        self._calls += 1
+        size.used = self._calls
         return size
 
-    def _record(self, size: _Size, key: tuple[Any, ...], x: Tensor, trains: bool) -> None:
-        if sum(one.graph is not None for one in self._sizes.values()) >= SIZES:
-            return
-        block, watch = self.parts.block, self._watch
-        assert watch is not None
+    def _record(self, size: _Size, key: tuple[Any, ...], x: Tensor, watch: Watch) -> None:
+        recorded = [one for one in self._sizes.values() if one.graph is not None]
+        if len(recorded) >= SIZES:
+            min(recorded, key=lambda one: one.used).drop("its block is called with too many sizes")
+        site, block, parameters = self.site, self.parts.block, watch.parameters()
+        trains = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *parameters))
+        rows = x.numel() // x.shape[-1] * site.top_k
         try:
+            # On the stream that is recorded on, auto would take another.
+            if pick_backend(site.backend, x.dtype, x.device, rows, spec=site.spec).name == "te":
+                size.reason = "te copies the number of rows to the host"
+                return
             with on_device_of(x):
                 memory = self.memories.at(key[:2], x.device)
                 copies = size.copies or not x.is_contiguous()
                 if trains:
-                    size.graph = Training(block, x, copies, memory, watch.added)
+                    size.graph = Training(
+                        block, x, copies, memory, watch.names, parameters, watch.added
+                    )
                 else:
                     size.graph = Inference(block, x, copies, memory)
+        except torch.OutOfMemoryError:
+            size.drop("there was no memory for it")
         except Exception as error:  # whatever keeps it from a graph: Python goes on without
             size.reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
 
 
 class _Size:
-    """One size of input. seen: calls that ran to their end. state: what they found where. copies:
-    inputs did not always lie in the same place."""
+    """One size of input. seen: calls that ran to their end. used: the number of its last call.
+    state: what they found where. copies: inputs did not always lie in the same place. reason: why
+    it is not recorded any more."""
 
     def __init__(self) -> None:
-        self.copies = False
-        self.seen = self.moves = 0
+        self.seen = self.used = self.dropped = 0
         self.state: object = None
         self.graph: Inference | Training | None = None
+        self.copies = False
         self.reason: str | None = None
 
     def move(self, state: object) -> None:
-        self.seen, self.state = 0, state
+        self.state = state
         if self.graph is not None:
-            self.graph, self.moves = None, self.moves + 1
-        if self.moves >= _MOVES:
-            self.reason = "weights or gradients lie elsewhere time and again"
+            self.drop("its weights or gradients lie elsewhere time and again")
+        self.seen = 0
+
+    def drop(self, why: str) -> None:
+        """Start anew, unless it was so before."""
+        self.seen, self.graph, self.dropped = 0, None, self.dropped + 1
+        if self.dropped >= _TIMES:
+            self.reason = why
 
     def count(self, _: object = None) -> None:
         self.seen += 1
 
 
-class _Replay(NamedTuple):
-    """The last call, if it was replayed. addresses: of the weights then."""
+class _Last(NamedTuple):
+    """The last call, where it was replayed."""
 
     key: object
-    graph: Inference | Training
-    addresses: list[int]
-
-
-class _Run(NamedTuple):
-    """One replayed call, for its backward."""
-
-    graphs: Graphs
-    graph: Inference | Training
     state: object
+    graph: Inference | Training
 
-    def backward(self, x: Tensor, dy: Tensor, flight: Flight) -> Sequence[Tensor | None]:
-        assert isinstance(self.graph, Training)
-        grads = self.graph.backward(dy, flight) if self.graphs.still(self.state) else None
-        return self.graphs.again(x, dy) if grads is None else grads
+    def holds(self, key: object, state: object, x: Tensor) -> bool:
+        """Whether its graph could be launched for x: it reads and writes what is there."""
+        return (
+            key == self.key
+            and state == self.state
+            and not self.graph.pending
+            and self.graph.input.fits(x)
+            and not torch.cuda.is_current_stream_capturing()
+        )
 
 
-def _counted(size: _Size, x: Tensor, plain: Callable[[Tensor], Any], trains: bool) -> Any:
+class _Then:
+    """What a replayed forward found, for a backward by Python."""
+
+    def __init__(self, watch: Watch, buffers: list[Tensor], training: list[bool]) -> None:
+        self.watch, self.buffers, self.training = watch, buffers, training
+        self.versions = [buffer._version for buffer in buffers]
+
+
+def _set_training(modules: Sequence[nn.Module], training: Sequence[bool]) -> None:
+    for module, trains in zip(modules, training, strict=True):
+        module.training = trains
+
+
+def _counted(size: _Size, x: Tensor, plain: Callable[[Tensor], Any]) -> Any:
     """The block by Python; counted when it has run, backward included."""
-    if not trains:
-        y = plain(x)
-        size.count()
-        return y
-    inner = x.view_as(x) if x.requires_grad else x  # whose gradient comes last, and once
+    # Its gradient comes last, and once.
+    inner = x.view_as(x) if torch.is_grad_enabled() and x.requires_grad else x
     y = plain(inner)
-    last = inner if x.requires_grad else y
+    last = y if inner is x else inner
     if isinstance(last, Tensor) and last.requires_grad:
         last.register_hook(size.count)
+    else:
+        size.count()
     return y
 
 
-def _watched() -> bool:
-    """An outer capture, autocast, or who keeps tensors of the graph elsewhere (checkpointing)."""
-    return (
-        torch.cuda.is_current_stream_capturing()
-        or torch.is_autocast_enabled("cuda")
-        or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
-    )
+def _in_a_function_mode() -> bool:
+    """Beside torch.set_default_device, which asks only where tensors are made."""
+    number = torch._C._len_torch_function_stack()
+    return any(type(torch._C._get_function_stack_at(n)) is not DeviceContext for n in range(number))
 
 
 def _key(x: Tensor) -> tuple[Any, ...]:

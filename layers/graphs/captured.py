@@ -4,15 +4,16 @@ What `torch.cuda.make_graphed_callables` makes, but for four things. What a repl
 handed out as a copy, so that nobody's tensor changes under his hands. Its input is read where it
 lies as long as it lies there in every call, which is the rule where each step allocates as the one
 before, and copied only when it did not. Gradients that backward adds to itself are added to where
-they lie. And the graph of a forward is not replayed again while the backward of its last replay is
-still to come.
+they lie. And a graph whose backward is pending, which still needs what its forward kept, is not
+replayed.
 """
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +21,9 @@ from torch.func import functional_call
 
 from moetk.errors import BackendError
 from moetk.kernels.cuda_graph import recorded
-from moetk.kernels.direct import node
+from moetk.kernels.direct import direct, node
 from moetk.kernels.first_order import refuse_second_order
+from moetk.kernels.fused_mlp import addable
 
 # Other threads may go on allocating (a loader's pinned memory, NCCL's watchdog).
 ERRORS = "thread_local"
@@ -29,27 +31,31 @@ ERRORS = "thread_local"
 
 class Memory:
     """What graphs have in common that run one after the other, on one stream: what they compute
-    with, and where their inputs are put."""
+    with, and where tensors are put that they read and do not keep."""
 
     def __init__(self, device: torch.device) -> None:
         self.side, self.pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
+        self._shared: dict[tuple[torch.Size, torch.dtype], Tensor] = {}
         with torch.cuda.stream(self.side):
+            # cuBLAS takes memory at its first call on a stream: not within a recording.
+            square = torch.zeros(16, 16, device=device)
+            torch.mm(square, square)
             # A pool ends with its last graph: this one stays.
             self._stays = recorded(lambda: torch.zeros(1, device=device), self.pool, ERRORS)
-        self._inputs: dict[tuple[torch.Size, torch.dtype], Tensor] = {}
 
-    def input_like(self, tensor: Tensor) -> Tensor:
+    def shared_like(self, tensor: Tensor) -> Tensor:
         key = (tensor.shape, tensor.dtype)
-        if key not in self._inputs:
-            self._inputs[key] = _buffer_like(tensor)
-        return self._inputs[key]
+        if key not in self._shared:
+            self._shared[key] = _buffer_like(tensor)
+        return self._shared[key]
 
 
 class Memories:
-    """A model's, one for each stream of each device."""
+    """A model's, one for each stream of each device. lock: held while one thread replays."""
 
     def __init__(self) -> None:
         self._by_place: dict[object, Memory] = {}
+        self.lock = threading.Lock()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Memories, ()  # a copy of the model records its own
@@ -61,7 +67,7 @@ class Memories:
         return self._by_place[place]
 
 
-class _Bare(nn.Module):
+class Bare(nn.Module):
     """The block without its hooks, which run around its forward, recorded or not."""
 
     def __init__(self, block: nn.Module) -> None:
@@ -71,13 +77,25 @@ class _Bare(nn.Module):
     def forward(self, x: Tensor) -> Any:
         return self.block.forward(x)
 
+    def with_parameters(self, names: Sequence[str], parameters: Sequence[Tensor], x: Tensor) -> Any:
+        swapped = {f"block.{name}": p for name, p in zip(names, parameters, strict=True)}
+        return functional_call(self, swapped, (x,))
+
+
+def twin(parameter: Tensor, wanted: bool, adds: bool) -> Tensor:
+    """A leaf of another graph in the same memory, with the same gradient where that is added to."""
+    made = parameter.detach().requires_grad_(wanted)
+    if adds:
+        made.grad = parameter.grad
+    return made
+
 
 class Input:
-    """What a graph reads. at: None = a buffer, into which each call's x is copied; else the address
-    of all calls' x, which belongs to them."""
+    """What a graph reads. address: of all calls' x, which belongs to them; None = of a buffer, into
+    which each call's x is copied."""
 
     def __init__(self, x: Tensor, buffer: Callable[[Tensor], Tensor] | None) -> None:
-        self.at = x.data_ptr() if buffer is None else None
+        self.address = x.data_ptr() if buffer is None else None
         self._buffer = None if buffer is None else buffer(x)
 
     def tensor(self, x: Tensor) -> Tensor:
@@ -85,34 +103,35 @@ class Input:
         return x.detach() if self._buffer is None else self._buffer
 
     def fits(self, x: Tensor) -> bool:
-        return self.at is None or (x.data_ptr() == self.at and x.is_contiguous())
+        return self.address is None or (x.data_ptr() == self.address and x.is_contiguous())
 
     def fill(self, x: Tensor) -> None:
         if self._buffer is not None:
-            self._buffer.copy_(x)
+            self._buffer.copy_(x.detach())  # else the buffer would hang on x's graph
 
 
 class Inference:
-    """y of x without gradients: where `fits(x)` and not `flies`, `launch` and then `finish`."""
+    """y of x without gradients: where `input.fits(x)` and not `pending`, `launch` and `output`."""
 
-    flies = False
+    pending = False
 
     def __init__(self, block: nn.Module, x: Tensor, copies: bool, memory: Memory) -> None:
-        with torch.inference_mode(False), torch.no_grad(), torch.cuda.stream(memory.side):
-            self.input = Input(x, memory.input_like if copies else None)
+        with torch.inference_mode(False), torch.no_grad():
+            self.input = Input(x, memory.shared_like if copies else None)
             read = self.input.tensor(x)
-            self.replay, y = recorded(lambda: block.forward(read), memory.pool, ERRORS)
-            self.y = _one(y)
+            with torch.cuda.stream(memory.side):
+                self.replay, y = recorded(lambda: block.forward(read), memory.pool, ERRORS)
+            self._y = _one(y)
 
     def launch(self, x: Tensor) -> None:
         self.input.fill(x)
         self.replay()
 
-    def finish(self, *_: object) -> Tensor:
-        return self.y.clone()
+    def output(self) -> Tensor:
+        return self._y.clone()
 
 
-class Flight:
+class Pending:
     """From a replayed forward to its backward, or until nobody can ask for that any more."""
 
     __slots__ = ("__weakref__",)
@@ -121,79 +140,80 @@ class Flight:
 class Training:
     """y of x, and the gradients of x and of the parameters that require one; used as `Inference`.
 
-    added: names of parameters whose gradients the block's backward adds to itself.
+    names: of the block's parameters. added: those whose gradients its backward adds to itself.
     """
 
     def __init__(
-        self, block: nn.Module, x: Tensor, copies: bool, memory: Memory, added: Sequence[str]
+        self,
+        block: nn.Module,
+        x: Tensor,
+        copies: bool,
+        memory: Memory,
+        names: Sequence[str],
+        parameters: Sequence[Tensor],
+        added: Sequence[str],
     ) -> None:
-        self._flight: Callable[[], Flight | None] = _over
-        # Leaves of this graph alone: autograd ties a leaf to the stream that used it first.
-        twins: dict[str, Tensor] = {}
-        for name, parameter in block.named_parameters():
-            twin = parameter.detach().requires_grad_(parameter.requires_grad)
-            if name in added:
-                twin.grad = parameter.grad
-            twins[f"block.{name}"] = twin
-        with torch.inference_mode(False), torch.enable_grad(), torch.cuda.stream(memory.side):
-            self.input = Input(x, _buffer_like if copies else None)
-            leaf = self.input.tensor(x).detach().requires_grad_(x.requires_grad)
-            bare = _Bare(block)
-            # Its memory is its own: it has to stay as it is until backward.
-            self.replay, made = recorded(
-                lambda: functional_call(bare, twins, (leaf,)), errors=ERRORS
-            )
-            y = _one(made)
-            wanted = [leaf, *twins.values()]
-            inputs = [tensor for tensor in wanted if tensor.requires_grad]
-            self.dy = memory.input_like(y)
-            self.replay_backward, grads = recorded(
-                lambda: torch.autograd.grad(y, inputs, self.dy, allow_unused=True),
-                memory.pool,
-                ERRORS,
-            )
-        self.y, given = y.detach(), iter(grads)
-        # Of x and of every parameter that requires one, in order; None where nothing is returned.
-        self.grads = [
-            next(given) if tensor.requires_grad else None
-            for n, tensor in enumerate(wanted)
-            if n == 0 or tensor.requires_grad
+        self._pending: Callable[[], Pending | None] = _over
+        self._added = [
+            name in added and p.requires_grad for name, p in zip(names, parameters, strict=True)
         ]
+        self._lie, self._into = self._places(parameters)
+        with torch.inference_mode(False), torch.enable_grad():
+            # On the caller's stream, which reads it until it is given back.
+            self.input = Input(x, _buffer_like if copies else None)
+            # Leaves of this graph alone: autograd ties a leaf to the stream that used it first.
+            leaf = self.input.tensor(x).detach().requires_grad_(x.requires_grad)
+            both = zip(parameters, self._added, strict=True)
+            twins = [twin(p, p.requires_grad, adds) for p, adds in both]
+            bare, wanted = Bare(block), [leaf, *twins]
+            with torch.cuda.stream(memory.side):
+                # Its memory is its own: it has to stay as it is until backward.
+                self.replay, made = recorded(
+                    lambda: bare.with_parameters(names, twins, leaf), errors=ERRORS
+                )
+                y = _one(made)
+                self._dy = memory.shared_like(y)
+                inputs = [tensor for tensor in wanted if tensor.requires_grad]
+                self.replay_backward, grads = recorded(
+                    lambda: torch.autograd.grad(y, inputs, self._dy, allow_unused=True),
+                    memory.pool,
+                    ERRORS,
+                )
+        self._y, given = y.detach(), iter(grads)
+        self._grads = [next(given) if tensor.requires_grad else None for tensor in wanted]
 
     @property
-    def flies(self) -> bool:
+    def pending(self) -> bool:
         """A backward may still come that needs what the last forward kept."""
-        return self._flight() is not None
+        return self._pending() is not None
 
     def launch(self, x: Tensor) -> None:
         self.input.fill(x)
         self.replay()
 
-    def finish(self, run: Run, x: Tensor, leaves: Sequence[Tensor]) -> Tensor:
-        """y with a node, whose backward asks `run`."""
-        y: Tensor = _replayed(self, run, x, *leaves)
-        return y
-
-    def take_off(self) -> tuple[Tensor, Flight]:
+    def output(self) -> tuple[Tensor, Pending]:
         """y, and what to come back with for the gradients."""
-        flight = Flight()
-        self._flight = weakref.ref(flight)
-        return self.y.clone(), flight
+        pending = Pending()
+        self._pending = weakref.ref(pending)
+        return self._y.clone(), pending
 
-    def backward(self, dy: Tensor, flight: Flight) -> list[Tensor | None] | None:
-        """The gradients; None where they have been asked for before, and what they need is gone."""
-        if self._flight() is not flight:
+    def gradients(
+        self, dy: Tensor, parameters: Sequence[Tensor], pending: Pending
+    ) -> list[Tensor | None] | None:
+        """Of x and of the parameters, None for those that require none; None in all where what they
+        need is gone: asked for before, or elsewhere by now."""
+        if self._pending() is not pending or self._places(parameters) != (self._lie, self._into):
             return None
-        self._flight = _over
-        self.dy.copy_(dy)
+        self._pending = _over
+        self._dy.copy_(dy)
         self.replay_backward()
-        return [None if grad is None else grad.clone() for grad in self.grads]
+        return [None if grad is None else grad.clone() for grad in self._grads]
 
-
-class Run(Protocol):
-    def backward(self, x: Tensor, dy: Tensor, flight: Flight) -> Sequence[Tensor | None]:
-        """The gradients of x and of the leaves."""
-        ...
+    def _places(self, parameters: Sequence[Tensor]) -> tuple[list[int], list[int | None]]:
+        lie = [parameter.data_ptr() for parameter in parameters]
+        pairs = zip(parameters, self._added, strict=True)
+        into = [addable(p) for p, adds in pairs if adds]
+        return lie, [None if grad is None else grad.data_ptr() for grad in into]
 
 
 def _over() -> None:
@@ -210,20 +230,41 @@ def _one(y: Any) -> Tensor:
     return y
 
 
+class Call:
+    """One replayed call, for its node: what its backward needs beside x and the parameters."""
+
+    def __init__(
+        self,
+        graph: Training,
+        lock: threading.Lock,
+        again: Callable[..., Sequence[Tensor | None]],
+    ) -> None:
+        self.graph, self.lock, self.again = graph, lock, again
+
+
 class _Replayed(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, graph: Training, run: Run, x: Tensor, *leaves: Tensor) -> Tensor:
-        y, ctx.flight = graph.take_off()
-        ctx.run = run
+    def forward(ctx: Any, call: Call, x: Tensor, *parameters: Tensor) -> Tensor:
+        y, ctx.pending = call.graph.output()
+        ctx.call = call
         # For torch's own refusals: written to since, or freed by a backward before.
-        ctx.save_for_backward(x, *leaves)
+        ctx.save_for_backward(x, *parameters)
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         refuse_second_order("a block replayed from CUDA graphs", "graphs=0")
-        x, *_ = ctx.saved_tensors
-        return (None, None, *ctx.run.backward(x, dy, ctx.flight))
+        x, *parameters = ctx.saved_tensors
+        call, grads = ctx.call, None
+        # By Python too where another thread replays, or vmap asks for several gradients at once.
+        if direct(dy) and call.lock.acquire(blocking=False):
+            try:
+                grads = call.graph.gradients(dy, parameters, ctx.pending)
+            finally:
+                call.lock.release()
+        if grads is None:
+            grads = call.again(x, parameters, dy, ctx.needs_input_grad[1:])
+        return (None, *grads)
 
 
-_replayed = node(_Replayed)
+replayed = node(_Replayed)

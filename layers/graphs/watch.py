@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -13,7 +14,6 @@ from moetk.kernels.direct import PLAIN
 from moetk.kernels.fused_mlp import addable
 from moetk.layers.families import bank_weights
 from moetk.layers.shells import CUSTOM, Site
-from moetk.layers.swap import own_class
 
 
 class Parts(NamedTuple):
@@ -23,69 +23,111 @@ class Parts(NamedTuple):
 
 
 class Watch:
-    """What a block consists of, for the questions of every call. reason: why it is never replayed
-    as long as it consists of that."""
+    """What a block consists of, for the questions of every call.
+
+    reason: why it is never replayed as long as it consists of that. names: of its parameters, each
+    once. added: those whose gradients its backward adds to itself.
+    """
 
     def __init__(self, parts: Parts, site: Site) -> None:
-        inside = [module for module in parts.block.modules() if module is not parts.block]
-        modules = [parts.block, *inside]
-        self._children = [module._modules for module in modules]
-        self._were = [tuple(children.values()) for children in self._children]
-        # In the order of parameters(), where one that is shared comes once.
-        slots = {
-            id(tensor): (held, name)
-            for kept in ("_parameters", "_buffers")
-            for module in modules
-            for held in [getattr(module, kept)]
-            for name, tensor in held.items()
-            if tensor is not None
-        }
-        self._slots = list(slots.values())
-        self.hooks = [*_GLOBAL_HOOKS, *(held for module in inside for held in _hooks(module))]
+        self.modules = list(parts.block.modules())
+        inside = self.modules[1:]
+        self._classes = [(module, type(module), type(module).forward) for module in self.modules]
+        self._facts = [*_facts(vars(site), _OF_A_SITE), *_of_modules(self.modules)]
+        self._dicts = [held for module in self.modules for held in _dicts(module)]
+        self._lengths = [len(held) for held in self._dicts]
+        self._hooks = [*_GLOBAL_HOOKS, *(held for module in inside for held in _hooks(module))]
+        self.names = [name for name, _ in parts.block.named_parameters()]
+        self._parameters = [_slot(parts.block, name) for name in self.names]
+        everywhere = (
+            one for module in self.modules for one in (module._parameters, module._buffers)
+        )
+        # A parameter that is shared comes at each of its places: one of them may change alone.
+        self._slots = [(one, n) for one in everywhere for n, t in one.items() if t is not None]
         self._adds = site.add_to_grad
-        self.reason = _reason(parts, site, modules)
         weights = bank_weights(parts.experts)
-        self._matrices = [slots[id(one)] for one in (weights.up, weights.down) if id(one) in slots]
-        added = {id(one) for one in self.matrices()} if self._adds else set()
-        self.added = [name for name, p in parts.block.named_parameters() if id(p) in added]
+        matrices = {id(matrix) for matrix in (weights.up, weights.down)}
+        self._experts = [n for n, p in enumerate(self.parameters()) if id(p) in matrices]
+        self.added = [self.names[n] for n in self._experts] if self._adds else []
+        self.reason = _reason(parts, site, self.modules)
+        if self.reason is None and len(self._experts) != len(matrices):
+            self.reason = "the experts' weights are no parameters"
 
     def changed(self) -> bool:
-        now = [tuple(children.values()) for children in self._children]
-        return now != self._were
+        """Whether the block is another now: modules, classes, forwards, plain attributes."""
+        return (
+            any(held.get(name) is not value for held, name, value in self._facts)
+            or any(type(m) is not kind or kind.forward is not was for m, kind, was in self._classes)
+            or [len(held) for held in self._dicts] != self._lengths
+        )
 
-    def matrices(self) -> list[Tensor]:
-        """The experts' up and down."""
-        return [matrix for held, name in self._matrices if (matrix := held.get(name)) is not None]
+    def hooked(self) -> bool:
+        """Whether a hook within the block would act on this call."""
+        hooked = [held for held in self._hooks if held]
+        return any(_acts(hook) for held in hooked for hook in held.values())
 
-    def tensors(self) -> list[Tensor]:
-        return [t for held, name in self._slots if (t := held.get(name)) is not None]
+    def parameters(self) -> list[Any]:
+        """Those of `names`, None where one is gone."""
+        return [held.get(name) for held, name in self._parameters]
 
-    def leaves(self) -> list[Tensor]:
-        return [tensor for tensor in self.tensors() if tensor.requires_grad]
-
-    def addresses(self) -> list[int]:
-        return [tensor.data_ptr() for tensor in self.tensors()]
+    def buffers(self) -> list[Tensor]:
+        held = (module._buffers.values() for module in self.modules)
+        return [buffer for buffers in held for buffer in buffers if buffer is not None]
 
     def state(self, with_grad: bool) -> object | None:
         """Where everything lies that a graph has been recorded with; None where none can be: with
         gradients, the experts' have to be there, and to be added to, or not be wanted."""
-        tensors = self.tensors()
-        lie = [(tensor.data_ptr(), tensor.dtype) for tensor in tensors]
+        tensors = [t for held, name in self._slots if (t := held.get(name)) is not None]
+        lie = [(t.data_ptr(), t.dtype, t.shape, t.stride()) for t in tensors]
         if not with_grad:
             return lie
-        into = []
-        for matrix in self.matrices():
+        parameters, into = self.parameters(), []
+        for n in self._experts:
+            matrix = parameters[n]
+            if matrix is None:
+                return None
             if matrix.requires_grad:
                 grad = addable(matrix) if self._adds and _silent(matrix) else None
                 if grad is None:
                     return None
                 into.append(grad.data_ptr())
-        return lie, into, [tensor.requires_grad for tensor in tensors]
+        return lie, into, [p is not None and p.requires_grad for p in parameters]
 
 
 def _silent(matrix: Tensor) -> bool:
     """Nobody waits for its gradient; who does gets moetk's refusal, by Python."""
     return matrix.is_leaf and not (matrix._backward_hooks or matrix._post_accumulate_grad_hooks)
+
+
+Fact = tuple[dict[str, Any], str, Any]
+_OF_A_SITE = ("dispatcher", "check", "function", "backend", "attachment", "add_to_grad")
+_OF_A_MODULE = ("forward", "_hf_hook")  # whether or not they are there yet
+
+
+def _facts(held: dict[str, Any], names: Sequence[str]) -> list[Fact]:
+    return [(held, name, held.get(name)) for name in names]
+
+
+def _of_modules(modules: Sequence[nn.Module]) -> list[Fact]:
+    """Their children, the parameters and buffers that are None, and their plain attributes."""
+    facts: list[Fact] = []
+    for module in modules:
+        held = vars(module)
+        plain = [name for name in held if not name.startswith("_") and name != "training"]
+        facts += _facts(held, dict.fromkeys((*_OF_A_MODULE, *plain)))  # type: ignore[arg-type]
+        for tensors in (module._parameters, module._buffers):
+            facts += _facts(tensors, [name for name, tensor in tensors.items() if tensor is None])
+        facts += _facts(module._modules, list(module._modules))
+    return facts
+
+
+def _slot(block: nn.Module, name: str) -> tuple[dict[str, Any], str]:
+    path, _, last = name.rpartition(".")
+    return block.get_submodule(path)._parameters, last
+
+
+def _dicts(module: nn.Module) -> tuple[dict[str, Any], ...]:
+    return module._parameters, module._buffers, module._modules
 
 
 _GLOBAL_HOOKS = [
@@ -108,6 +150,21 @@ def _hooks(module: nn.Module) -> list[Any]:
     ]
 
 
+_CAPTURING = "transformers.utils.output_capturing"
+
+
+def _acts(hook: Any) -> bool:
+    """transformers hooks each gate at the first output_hidden_states=True, and never unhooks it:
+    that hook acts while somebody collects."""
+    if getattr(hook, "__module__", None) != _CAPTURING:
+        return True
+    collector = getattr(sys.modules[_CAPTURING], "_active_collector", None)
+    return collector is None or collector.get() is not None
+
+
+_KNOWN = ("moetk.", "transformers.", "torch.")
+
+
 def _reason(parts: Parts, site: Site, modules: Sequence[nn.Module]) -> str | None:
     if site.function is not None or CUSTOM in parts.gate._modules:
         return f"{site.label} runs as Python"
@@ -115,17 +172,30 @@ def _reason(parts: Parts, site: Site, modules: Sequence[nn.Module]) -> str | Non
         return "a router reads the routing of the layer before"
     if site.check:
         return "check=True looks at values in every call"
+    if site.backend in ("stock", "te"):
+        return f'backend="{site.backend}" is left to Python'
     if type(site.dispatcher) is not Local or site.dispatcher.capacity is not None:
         return f"{type(site.dispatcher).__name__} moves or drops rows as Python"
     for module in modules:
-        cls = own_class(module)
-        if not cls.__module__.startswith(("transformers.", "torch.nn.")):
-            return f"{cls.__name__} runs as Python"
-        if "parametrizations" in module._modules:
-            return f"{cls.__name__} is parametrized"
-        if "forward" in vars(module) or "_hf_hook" in vars(module):
-            return f"{cls.__name__} has a forward of its own"
-    for name, tensor in parts.block.named_parameters():
-        if type(tensor) not in PLAIN:
-            return f"{name} is a {type(tensor).__name__}"
+        reason = _reason_of(module)
+        if reason is not None:
+            return f"{type(module).__name__} {reason}"
+    return None
+
+
+def _reason_of(module: nn.Module) -> str | None:
+    for cls in (*type(module).__mro__, type(module).forward):
+        if cls is not object and not f"{cls.__module__}.".startswith(_KNOWN):
+            return f"runs Python of {cls.__module__}"
+    if "parametrizations" in module._modules:
+        return "is parametrized"
+    if "forward" in vars(module) or "_hf_hook" in vars(module):
+        return "has a forward of its own"
+    if any(isinstance(value, Tensor) for value in vars(module).values()):
+        return "holds a tensor as a plain attribute"
+    for name, tensor in module._parameters.items():
+        if tensor is not None and type(tensor) not in PLAIN:
+            return f"holds {name}, a {type(tensor).__name__}"
+    if any(buffer is not None and buffer.requires_grad for buffer in module._buffers.values()):
+        return "holds a buffer that requires a gradient"
     return None

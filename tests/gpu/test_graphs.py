@@ -97,7 +97,7 @@ def test_an_input_that_lies_in_one_place_is_read_there_until_it_does_not(grad):
                     found.append([block(x)])
         assert_same(*found)
         [graph] = [size.graph for size in states(models[1])]
-        kinds.append(None if graph is None else graph.input.at == place.data_ptr())
+        kinds.append(None if graph is None else graph.input.address == place.data_ptr())
     assert kinds == [None, None, True, True, True, True, False, False, False]
 
 

@@ -72,3 +72,27 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> Any:
     from tests.driver import installed
 
     return installed(monkeypatch)
+
+
+@pytest.fixture
+def gpu(driver: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A driver, and what a block that may be replayed asks the GPU. streams: the current one."""
+    from tests.driver import Graph
+
+    for room in ("block", "captured"):
+        monkeypatch.setattr(
+            f"moetk.layers.graphs.{room}.direct",
+            lambda x: (
+                type(x) is torch.Tensor
+                and not torch.compiler.is_compiling()
+                and not torch._C._are_functorch_transforms_active()
+            ),
+        )
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: bool(driver.recording))
+    streams = {"now": 0}
+    monkeypatch.setattr(
+        torch._C, "_cuda_getCurrentRawStream", lambda device: streams["now"], raising=False
+    )
+    monkeypatch.setattr(driver, "streams", streams, raising=False)
+    monkeypatch.setattr(Graph, "replays", 0)
+    return driver

@@ -348,5 +348,6 @@ def _in_a_function_mode() -> bool:
 
 def _key(x: Tensor) -> tuple[Any, ...]:
     """What one graph is recorded for: device and current stream first."""
-    device, stream = x.get_device(), torch._C._cuda_getCurrentRawStream
-    return device, stream(device), x.shape, x.dtype, torch.is_grad_enabled(), x.requires_grad
+    device, with_grad = x.get_device(), torch.is_grad_enabled()
+    stream = torch._C._cuda_getCurrentRawStream(device)
+    return device, stream, x.shape, x.dtype, with_grad, with_grad and x.requires_grad

@@ -256,8 +256,9 @@ class _Replayed(torch.autograd.Function):
         refuse_second_order("a block replayed from CUDA graphs", "graphs=0")
         x, *parameters = ctx.saved_tensors
         call, grads = ctx.call, None
-        # By Python too where another thread replays, or vmap asks for several gradients at once.
-        if direct(dy) and call.lock.acquire(blocking=False):
+        # By Python where vmap asks for several gradients at once, or another thread replays.
+        one = direct(dy) and not torch._C._functorch.is_legacy_batchedtensor(dy)
+        if one and call.lock.acquire(blocking=False):
             try:
                 grads = call.graph.gradients(dy, parameters, ctx.pending)
             finally:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from operator import is_
 from typing import Any, NamedTuple
 
 import torch
@@ -33,7 +34,9 @@ class Watch:
         self.modules = list(parts.block.modules())
         inside = self.modules[1:]
         self._classes = [(module, type(module), type(module).forward) for module in self.modules]
-        self._facts = [*_facts(vars(site), _OF_A_SITE), *_of_modules(self.modules)]
+        facts = [*_facts(vars(site), _OF_A_SITE), *_of_modules(self.modules)]
+        self._facts = [(held.get, name) for held, name, _ in facts]
+        self._were = [value for _, _, value in facts]
         self._dicts = [held for module in self.modules for held in _dicts(module)]
         self._lengths = [len(held) for held in self._dicts]
         self._hooks = [*_GLOBAL_HOOKS, *(held for module in inside for held in _hooks(module))]
@@ -44,6 +47,7 @@ class Watch:
         )
         # A parameter that is shared comes at each of its places: one of them may change alone.
         self._slots = [(one, n) for one in everywhere for n, t in one.items() if t is not None]
+        self._buffers = [(m._buffers, name) for m in self.modules for name in m._buffers]
         self._adds = site.add_to_grad
         weights = bank_weights(parts.experts)
         matrices = {id(matrix) for matrix in (weights.up, weights.down)}
@@ -55,8 +59,9 @@ class Watch:
 
     def changed(self) -> bool:
         """Whether the block is another now: modules, classes, forwards, plain attributes."""
+        now = [get(name) for get, name in self._facts]
         return (
-            any(held.get(name) is not value for held, name, value in self._facts)
+            not all(map(is_, now, self._were))
             or any(type(m) is not kind or kind.forward is not was for m, kind, was in self._classes)
             or [len(held) for held in self._dicts] != self._lengths
         )
@@ -71,8 +76,7 @@ class Watch:
         return [held.get(name) for held, name in self._parameters]
 
     def buffers(self) -> list[Tensor]:
-        held = (module._buffers.values() for module in self.modules)
-        return [buffer for buffers in held for buffer in buffers if buffer is not None]
+        return [buffer for held, name in self._buffers if (buffer := held.get(name)) is not None]
 
     def state(self, with_grad: bool) -> object | None:
         """Where everything lies that a graph has been recorded with; None where none can be: with
@@ -159,7 +163,7 @@ def _acts(hook: Any) -> bool:
     if getattr(hook, "__module__", None) != _CAPTURING:
         return True
     collector = getattr(sys.modules[_CAPTURING], "_active_collector", None)
-    return collector is None or collector.get() is not None
+    return collector is None or bool(collector.get())
 
 
 _KNOWN = ("moetk.", "transformers.", "torch.")

@@ -20,82 +20,12 @@ from moetk.errors import BackendError, SecondOrderError
 from moetk.layers import shells
 from moetk.layers.graphs import GRAPHS
 from moetk.losses import RouterZLoss
-from tests.driver import Driver, Graph
+from tests.driver import Graph
+from tests.layers.graphed import drawn, pair, recorded, same, stepped
 from tests.layers.parts import cosine
-from tests.tiny import FAMILIES, H, ids, tiny
+from tests.tiny import FAMILIES, ids, tiny
 
 pytestmark = pytest.mark.usefixtures("gpu")
-
-
-@pytest.fixture
-def gpu(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> Driver:
-    """What the block asks a GPU."""
-    for room in ("block", "captured"):
-        monkeypatch.setattr(
-            f"moetk.layers.graphs.{room}.direct",
-            lambda x: type(x) is Tensor and not torch.compiler.is_compiling(),
-        )
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: bool(driver.recording))
-    stream = {"now": 0}
-    monkeypatch.setattr(
-        torch._C, "_cuda_getCurrentRawStream", lambda device: stream["now"], raising=False
-    )
-    monkeypatch.setattr(driver, "streams", stream, raising=False)
-    monkeypatch.setattr(Graph, "replays", 0)
-    ALIVE.clear()
-    return driver
-
-
-def block_of(model: Any) -> Any:
-    return model.model.layers[-1].mlp
-
-
-def pair(family: str = "qwen3_moe", tokens: int = 64, **changes: Any) -> tuple[Any, Any, Any]:
-    """A block by Python and its twin by graphs, both of replaced models, the experts frozen; and
-    the Replacement of the latter."""
-    plain = tiny(family).eval()
-    for layer in plain.model.layers:
-        experts = getattr(layer.mlp, "experts", nn.Module())
-        experts.requires_grad_(False)
-    mine = copy.deepcopy(plain)
-    replace_moe(plain, **changes)
-    replacement = replace_moe(mine, graphs=tokens, **changes)
-    return block_of(plain), block_of(mine), replacement
-
-
-def drawn(seed: int, tokens: int = 6) -> Tensor:
-    """Each in a place of its own."""
-    x = torch.randn(1, tokens, H, generator=torch.Generator().manual_seed(seed))
-    ALIVE.append(x)
-    return x.detach()
-
-
-ALIVE: list[Tensor] = []
-
-
-def stepped(block: Any, x: Tensor, dy: Tensor) -> list[Tensor | None]:
-    block.zero_grad()
-    leaf = x.detach().requires_grad_()
-    y = block(leaf)
-    y.backward(dy)
-    return [y.detach(), leaf.grad, *(parameter.grad for parameter in block.parameters())]
-
-
-def same(a: list[Tensor | None], b: list[Tensor | None]) -> bool:
-    return len(a) == len(b) and all(
-        x is y if x is None or y is None else torch.equal(x, y) for x, y in zip(a, b, strict=True)
-    )
-
-
-def recorded(mine: Any, tokens: int = 6, grad: bool = True) -> None:
-    """Three calls: the third is recorded and replayed."""
-    for seed in range(3):
-        if grad:
-            stepped(mine, drawn(seed, tokens), drawn(seed + 50, tokens))
-        else:
-            with torch.no_grad():
-                mine(drawn(seed, tokens))
-    assert Graph.replays == (2 if grad else 1)
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
@@ -354,7 +284,10 @@ def test_losses_act_in_training_and_blocks_are_replayed_in_evaluation() -> None:
 def test_checkpointed_blocks(reentrant: bool) -> None:
     plain, mine, _ = pair()
     recorded(mine)
-    found = []
+    with torch.no_grad():
+        for seed in range(4):  # what a reentrant forward replays
+            mine(drawn(seed))
+    before, found = Graph.replays, []
     for block in (plain, mine):
         block.zero_grad()
         x = drawn(10).requires_grad_()
@@ -362,16 +295,23 @@ def test_checkpointed_blocks(reentrant: bool) -> None:
         y.backward(drawn(60))
         found.append([y.detach(), x.grad, block.gate.weight.grad])
     assert same(*found)
+    assert Graph.replays == before + reentrant
 
 
 def test_a_checkpointed_model() -> None:
     models = [tiny("qwen3_moe") for _ in range(2)]
     for model, graphs in zip(models, (0, 64), strict=True):
+        for layer in model.model.layers:
+            layer.mlp.experts.requires_grad_(False)
         replace_moe(model, graphs=graphs)
-        model.train().gradient_checkpointing_enable()
-        for _ in range(4):
-            model.zero_grad()
+        for checkpointed in (False, False, False, True, False):
+            switch = "enable" if checkpointed else "disable"
+            getattr(model.train(), f"gradient_checkpointing_{switch}")()
+            before = Graph.replays
             model(input_ids=ids(), labels=ids()).loss.backward()
+            if graphs:
+                assert (Graph.replays > before) == (before > 0 and not checkpointed) or not before
+    assert Graph.replays
     plain, mine = ([p.grad for p in model.parameters()] for model in models)
     assert same(mine, plain)
 

@@ -35,7 +35,8 @@ class Graph(TorchDispatchMode):
             again = tree_leaves(func(*args, **kwargs))
             for kept, new in zip(tree_leaves(out), again, strict=True):
                 if isinstance(kept, Tensor) and kept.data_ptr() != new.data_ptr():
-                    kept.copy_(new)
+                    with torch.autograd._unsafe_preserve_version_counter(kept):
+                        kept.copy_(new)  # unseen by autograd, as by a kernel
 
 
 class Side:
@@ -77,13 +78,13 @@ class Driver:
         capture_error_mode: str = "global",
     ) -> Any:
         assert stream is self.stream and stream != "default"
+        pool = object() if pool is None else pool
         graphs = self.graphs.get(pool)
         if graphs is not None and not graphs:
-            raise RuntimeError(
-                "use_count > 0 INTERNAL ASSERT FAILED"
-            )  # it went with its last graph
+            # It went with its last graph.
+            raise RuntimeError("use_count > 0 INTERNAL ASSERT FAILED")
         self.graphs.setdefault(pool, weakref.WeakSet()).add(graph)
-        return Capture(self, graph, pool or object())
+        return Capture(self, graph, pool)
 
     def end(self, device: int, pool: object) -> None:
         if pool not in self.recording:

@@ -117,8 +117,8 @@ class Graphs:
         size = self._size(key)
         if size.state != state:
             size.move(state)
-        if size.graph is not None and not size.graph.input.fits(x):
-            size.graph, size.copies = None, True
+        if size.graph is not None:
+            size.look(size.graph, x)
         if size.graph is None and size.seen >= WARM_UP and size.reason is None:
             self._record(size, key, x, watch)
         graph = size.graph
@@ -206,6 +206,7 @@ class Graphs:
         visit, modules = Visit(ModelForward(), 0), then.watch.modules
         shells = (vars(self.parts.gate), vars(self.parts.experts))
         before, trained = [held.get(BOUND) for held in shells], [m.training for m in modules]
+        kept, self._last = (self._last, self._why), None  # or the last would be launched
         try:
             for held in shells:
                 held[BOUND] = visit
@@ -215,6 +216,7 @@ class Graphs:
             for held, was in zip(shells, before, strict=True):
                 held[BOUND] = was
             _set_training(modules, trained)
+            self._last, self._why = kept
 
     def explain(self) -> str:
         """What is replayed by now, or why nothing is."""
@@ -257,27 +259,32 @@ class Graphs:
                 memory = self.memories.at(key[:2], x.device)
                 copies = size.copies or not x.is_contiguous()
                 if trains:
+                    names, added, copies_dy = watch.names, watch.added, size.copies_dy
                     size.graph = Training(
-                        block, x, copies, memory, watch.names, parameters, watch.added
+                        block, x, copies, copies_dy, memory, names, parameters, added
                     )
                 else:
                     size.graph = Inference(block, x, copies, memory)
         except torch.OutOfMemoryError:
             size.drop("there was no memory for it")
         except Exception as error:  # whatever keeps it from a graph: Python goes on without
-            size.reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+            size.reason = _told(error)
+
+
+def _told(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
 
 
 class _Size:
     """One size of input. seen: calls that ran to their end. used: the number of its last call.
-    state: what they found where. copies: inputs did not always lie in the same place. reason: why
-    it is not recorded any more."""
+    state: what they found where. copies, copies_dy: inputs, gradients of outputs do not always lie
+    in the same place. reason: why it is not recorded any more."""
 
     def __init__(self) -> None:
         self.seen = self.used = self.dropped = 0
         self.state: object = None
         self.graph: Inference | Training | None = None
-        self.copies = False
+        self.copies = self.copies_dy = False
         self.reason: str | None = None
 
     def move(self, state: object) -> None:
@@ -285,6 +292,15 @@ class _Size:
         if self.graph is not None:
             self.drop("its weights or gradients lie elsewhere time and again")
         self.seen = 0
+
+    def look(self, graph: Inference | Training, x: Tensor) -> None:
+        """Let go of a graph that x or the last gradient has turned out not to fit."""
+        if isinstance(graph, Training) and graph.broken is not None:
+            self.drop(_told(graph.broken))
+        elif isinstance(graph, Training) and graph.moved:
+            self.graph, self.copies_dy = None, True
+        elif not graph.input.fits(x):
+            self.graph, self.copies, self.copies_dy = None, True, True
 
     def drop(self, why: str) -> None:
         """Start anew, unless it was so before."""
@@ -309,6 +325,7 @@ class _Last(NamedTuple):
             key == self.key
             and state == self.state
             and not self.graph.pending
+            and not self.graph.spent
             and self.graph.input.fits(x)
             and not torch.cuda.is_current_stream_capturing()
         )

@@ -13,7 +13,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -84,15 +84,15 @@ class Bare(nn.Module):
 
 def twin(parameter: Tensor, wanted: bool, adds: bool) -> Tensor:
     """A leaf of another graph in the same memory, with the same gradient where that is added to."""
-    made = parameter.detach().requires_grad_(wanted)
+    made = _unwatched(parameter).requires_grad_(wanted)
     if adds:
         made.grad = parameter.grad
     return made
 
 
 class Input:
-    """What a graph reads. address: of all calls' x, which belongs to them; None = of a buffer, into
-    which each call's x is copied."""
+    """What a graph reads: x, or the gradient of y. address: of all calls' x, which belongs to them;
+    None = of a buffer, into which each call's x is copied."""
 
     def __init__(self, x: Tensor, buffer: Callable[[Tensor], Tensor] | None) -> None:
         self.address = x.data_ptr() if buffer is None else None
@@ -100,7 +100,7 @@ class Input:
 
     def tensor(self, x: Tensor) -> Tensor:
         """To record with. Not kept: who holds another's memory sees it move."""
-        return x.detach() if self._buffer is None else self._buffer
+        return _unwatched(x if self._buffer is None else self._buffer)
 
     def fits(self, x: Tensor) -> bool:
         return self.address is None or (x.data_ptr() == self.address and x.is_contiguous())
@@ -113,7 +113,7 @@ class Input:
 class Inference:
     """y of x without gradients: where `input.fits(x)` and not `pending`, `launch` and `output`."""
 
-    pending = False
+    pending = spent = False
 
     def __init__(self, block: nn.Module, x: Tensor, copies: bool, memory: Memory) -> None:
         with torch.inference_mode(False), torch.no_grad():
@@ -141,6 +141,9 @@ class Training:
     """y of x, and the gradients of x and of the parameters that require one; used as `Inference`.
 
     names: of the block's parameters. added: those whose gradients its backward adds to itself.
+    copies_dy: the gradient of y lies now here, now there. Else its graph is recorded in the first
+    backward, where that gradient lies. moved, broken: it lies elsewhere by now; what kept its graph
+    from being recorded. Of either this graph is of no more use.
     """
 
     def __init__(
@@ -148,44 +151,46 @@ class Training:
         block: nn.Module,
         x: Tensor,
         copies: bool,
+        copies_dy: bool,
         memory: Memory,
         names: Sequence[str],
         parameters: Sequence[Tensor],
         added: Sequence[str],
     ) -> None:
+        self.moved, self.broken = False, cast(Exception | None, None)
+        self._memory = memory
         self._pending: Callable[[], Pending | None] = _over
-        self._added = [
-            name in added and p.requires_grad for name, p in zip(names, parameters, strict=True)
-        ]
-        self._lie, self._into = self._places(parameters)
+        pairs = zip(names, parameters, strict=True)
+        self._added = [name in added and parameter.requires_grad for name, parameter in pairs]
+        self._places = self._places_of(parameters)
         with torch.inference_mode(False), torch.enable_grad():
             # On the caller's stream, which reads it until it is given back.
             self.input = Input(x, _buffer_like if copies else None)
             # Leaves of this graph alone: autograd ties a leaf to the stream that used it first.
-            leaf = self.input.tensor(x).detach().requires_grad_(x.requires_grad)
+            leaf = self.input.tensor(x).requires_grad_(x.requires_grad)
             both = zip(parameters, self._added, strict=True)
             twins = [twin(p, p.requires_grad, adds) for p, adds in both]
-            bare, wanted = Bare(block), [leaf, *twins]
+            bare = Bare(block)
             with torch.cuda.stream(memory.side):
                 # Its memory is its own: it has to stay as it is until backward.
                 self.replay, made = recorded(
                     lambda: bare.with_parameters(names, twins, leaf), errors=ERRORS
                 )
-                y = _one(made)
-                self._dy = memory.shared_like(y)
-                inputs = [tensor for tensor in wanted if tensor.requires_grad]
-                self.replay_backward, grads = recorded(
-                    lambda: torch.autograd.grad(y, inputs, self._dy, allow_unused=True),
-                    memory.pool,
-                    ERRORS,
-                )
-        self._y, given = y.detach(), iter(grads)
-        self._grads = [next(given) if tensor.requires_grad else None for tensor in wanted]
+        y = _one(made)
+        self._y = y.detach()
+        self._unrecorded: tuple[Tensor, list[Tensor]] | None = (y, [leaf, *twins])
+        if copies_dy:
+            self._record_backward(y, copies=True)
 
     @property
     def pending(self) -> bool:
         """A backward may still come that needs what the last forward kept."""
         return self._pending() is not None
+
+    @property
+    def spent(self) -> bool:
+        """There will be no backward by this graph."""
+        return self.moved or self.broken is not None
 
     def launch(self, x: Tensor) -> None:
         self.input.fill(x)
@@ -202,22 +207,52 @@ class Training:
     ) -> list[Tensor | None] | None:
         """Of x and of the parameters, None for those that require none; None in all where what they
         need is gone: asked for before, or elsewhere by now."""
-        if self._pending() is not pending or self._places(parameters) != (self._lie, self._into):
+        if self._pending() is not pending or self._places_of(parameters) != self._places:
             return None
         self._pending = _over
-        self._dy.copy_(dy)
+        if self._unrecorded is not None:
+            try:
+                self._record_backward(dy, copies=not dy.is_contiguous())
+            except Exception as error:  # whatever it is: Python goes on without
+                self.broken = error
+                return None
+        if not self._dy.fits(dy):
+            self.moved = True
+            return None
+        self._dy.fill(dy)
         self.replay_backward()
         return [None if grad is None else grad.clone() for grad in self._grads]
 
-    def _places(self, parameters: Sequence[Tensor]) -> tuple[list[int], list[int | None]]:
+    def _record_backward(self, dy: Tensor, *, copies: bool) -> None:
+        """Once: what autograd keeps of the forward, the caller's x among it, is let go of."""
+        assert self._unrecorded is not None
+        (y, wanted), memory = self._unrecorded, self._memory
+        self._unrecorded = None
+        self._dy = Input(dy, memory.shared_like if copies else None)
+        read, inputs = self._dy.tensor(dy), [one for one in wanted if one.requires_grad]
+        with torch.cuda.stream(memory.side):
+            self.replay_backward, grads = recorded(
+                lambda: torch.autograd.grad(y, inputs, read, allow_unused=True),
+                memory.pool,
+                ERRORS,
+            )
+        given = iter(grads)
+        self._grads = [next(given) if one.requires_grad else None for one in wanted]
+
+    def _places_of(self, parameters: Sequence[Tensor]) -> tuple[list[int], list[int | None]]:
+        into = [addable(p) for p, adds in zip(parameters, self._added, strict=True) if adds]
         lie = [parameter.data_ptr() for parameter in parameters]
-        pairs = zip(parameters, self._added, strict=True)
-        into = [addable(p) for p, adds in pairs if adds]
         return lie, [None if grad is None else grad.data_ptr() for grad in into]
 
 
 def _over() -> None:
     return None
+
+
+def _unwatched(tensor: Tensor) -> Tensor:
+    """The same memory with a version of its own: what is written there before a backward is
+    recorded is of no concern to it, which computes nothing then."""
+    return tensor.data
 
 
 def _buffer_like(x: Tensor) -> Tensor:

@@ -64,7 +64,7 @@ def test_an_input_that_lies_in_one_place_is_read_there_until_it_does_not(grad: b
     plain, mine, _ = pair()
     place, elsewhere = drawn(0), drawn(0)
     assert place.data_ptr() != elsewhere.data_ptr()
-    graphs = []
+    dy, graphs = drawn(50), []
     for seed, x in enumerate([place] * 5 + [elsewhere] * 2 + [place]):
         x.copy_(drawn(seed))
         if grad:
@@ -73,7 +73,7 @@ def test_an_input_that_lies_in_one_place_is_read_there_until_it_does_not(grad: b
                 block.zero_grad()
                 leaf = x.detach().requires_grad_()
                 y = block(leaf)
-                y.backward(drawn(seed + 50))
+                y.backward(dy)
                 found.append([y.detach(), leaf.grad, block.gate.weight.grad])
             assert same(*found)
         else:
@@ -83,6 +83,40 @@ def test_an_input_that_lies_in_one_place_is_read_there_until_it_does_not(grad: b
     assert graphs[1] is None and len({id(graph) for graph in graphs[2:5]}) == 1
     assert graphs[2].input.address == place.data_ptr()
     assert len({id(graph) for graph in graphs[5:]}) == 1 and graphs[5].input.address is None
+
+
+def test_a_gradient_of_the_output_that_lies_elsewhere() -> None:
+    plain, mine, _ = pair()
+    x, dy, kinds = drawn(0), drawn(50), []
+    for n in range(8):
+        call = x, dy if n < 5 else drawn(50 + n)
+        assert same(stepped(mine, *call), stepped(plain, *call))
+        graph = next(iter(vars(mine)[GRAPHS]._sizes.values())).graph
+        kinds.append(None if graph is None else (graph._dy.address == dy.data_ptr(), graph.moved))
+    read_there, copied = (True, False), (False, False)
+    # The sixth backward runs as Python; then both are recorded again.
+    assert kinds == [None, None, *[read_there] * 3, (True, True), copied, copied]
+    assert Graph.replays == 2 * 3 + 1 + 2 * 2
+
+
+def test_a_backward_that_cannot_be_recorded_runs_as_python(
+    gpu: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, mine, replacement = pair()
+    grad = torch.autograd.grad
+
+    def refused(*args: Any, **kwargs: Any) -> Any:
+        if gpu.recording:
+            raise RuntimeError("the host waits")
+        return grad(*args, **kwargs)
+
+    monkeypatch.setattr(torch.autograd, "grad", refused)
+    for seed in range(12):
+        call = drawn(seed), drawn(seed + 50)
+        assert same(stepped(mine, *call), stepped(plain, *call))
+    assert "RuntimeError: the host waits" in replacement.explain()
+    assert Graph.replays == 3  # forwards of three recordings
+    assert gpu.stream == "default" and not gpu.recording
 
 
 def test_parameters_alone_are_trained() -> None:
@@ -114,19 +148,19 @@ def test_several_forwards_before_a_backward() -> None:
             ys[n].backward(drawn(60 + n))
     for want, found in zip(*xs, strict=True):
         assert torch.equal(found.grad, want.grad)
-    assert Graph.replays == 2 + 2  # the first of the three
+    assert Graph.replays == 4 + 2  # the first of the three
 
 
 def test_a_forward_that_nobody_goes_back_through_blocks_nothing() -> None:
     _, mine, _ = pair()
     recorded(mine)
     y = mine(drawn(10).requires_grad_())
-    assert Graph.replays == 3
+    assert Graph.replays == 5
     mine(drawn(11).requires_grad_())
-    assert Graph.replays == 3  # y may still be asked
+    assert Graph.replays == 5  # y may still be asked
     del y
     mine(drawn(12).requires_grad_())
-    assert Graph.replays == 4
+    assert Graph.replays == 6
 
 
 def test_backward_twice() -> None:
@@ -167,11 +201,11 @@ def test_weights_written_to_are_read_and_weights_that_moved_are_recorded_anew() 
     for block in (plain, mine):
         block.gate.weight.data.mul_(-1)
     call = drawn(10), drawn(60)
-    assert same(stepped(mine, *call), stepped(plain, *call)) and Graph.replays == 4
+    assert same(stepped(mine, *call), stepped(plain, *call)) and Graph.replays == 6
     mine.experts.down_proj.data = mine.experts.down_proj.data.clone()
     for seed in range(3):
         assert same(stepped(mine, *call), stepped(plain, *call))
-        assert Graph.replays == (4 if seed < 2 else 6)
+        assert Graph.replays == (6 if seed < 2 else 8)
 
 
 def test_weights_that_move_time_and_again_are_left_to_python() -> None:
@@ -193,7 +227,7 @@ def test_weights_that_move_between_forward_and_backward() -> None:
     mine.experts.down_proj.data = mine.experts.down_proj.data.clone()
     y.backward(dy)
     assert torch.equal(x.grad, stepped(plain, drawn(10), dy)[1])
-    assert Graph.replays == 3
+    assert Graph.replays == 5
 
 
 def test_a_hook_within_the_block_runs() -> None:
@@ -204,11 +238,11 @@ def test_a_hook_within_the_block_runs() -> None:
     handle = mine.gate.register_forward_hook(lambda *_: seen.append(1))
     for _ in range(2):
         stepped(mine, drawn(10), drawn(60))
-    assert seen == [1, 1] and Graph.replays == 5  # once in vain, before it asked
+    assert seen == [1, 1] and Graph.replays == 7  # once in vain, before it asked
     assert "a hook within the block" in replacement.explain()
     handle.remove()
     stepped(mine, drawn(10), drawn(60))
-    assert seen == [1, 1] and Graph.replays == 7
+    assert seen == [1, 1] and Graph.replays == 9
 
 
 def test_a_hook_on_the_block_is_no_part_of_what_is_replayed() -> None:
@@ -343,7 +377,7 @@ def test_more_tokens_than_asked_for_and_other_streams(gpu: Any) -> None:
         gpu.streams["now"] = 1
         for seed in range(4):
             assert torch.equal(mine(drawn(seed)), plain(drawn(seed)))
-            assert Graph.replays == 1 + max(0, seed - 1)  # with memory of its own
+            assert Graph.replays == 2 + max(0, seed - 1)  # with memory of its own
     assert len(gpu.pools) == 2
 
 

@@ -18,7 +18,16 @@ from torch.utils._device import DeviceContext
 from moetk.experts import pick_backend
 from moetk.kernels.direct import direct, on_device_of
 from moetk.layers.carrier import ModelForward, Visit
-from moetk.layers.graphs.captured import Bare, Call, Inference, Memories, Training, replayed, twin
+from moetk.layers.graphs.captured import (
+    Bare,
+    Call,
+    Inference,
+    Memories,
+    Training,
+    replayed,
+    told,
+    twin,
+)
 from moetk.layers.graphs.watch import Parts, Watch
 from moetk.layers.shells import BOUND, Site, recomputing
 from moetk.layers.swap import extend, withdraw
@@ -60,9 +69,9 @@ class Graphs:
     tokens: calls of more are left to Python, as is every call in which something else may have a
     part: a hook or a class of the user's within the block, a router of his own, losses and
     controllers in training, a recording or a replay of routings, activation checkpointing,
-    autocast, a mode of torch's, torch.compile, an outer capture, a second thread. What holds for
-    the whole process (the precision of products, deterministic algorithms) is as it was at the
-    recording.
+    autocast, a mode of torch's, torch.compile, an outer capture, another thread's call at the same
+    time. (Two threads that train one block at once are not provided for.) What holds for the whole
+    process (the precision of products, deterministic algorithms) is as it was at the recording.
     """
 
     def __init__(self, parts: Parts, site: Site, memories: Memories, tokens: int) -> None:
@@ -176,15 +185,17 @@ class Graphs:
         dy: Tensor,
         wanted: Sequence[bool],
     ) -> list[Tensor | None]:
-        """The gradients of x and of the parameters by Python, as the forward found the block.
+        """The gradients of x and of the parameters by Python, for the block that the forward found.
 
-        Raises RuntimeError where a buffer was written to since: the choice could be another.
+        Raises RuntimeError where it is another by now: what it chose could be, too.
         """
-        if [buffer._version for buffer in then.buffers] != then.versions:
+        written = [buffer._version for buffer in then.buffers] != then.versions
+        if written or then.watch.changed() or then.watch.hooked():
+            what = "a buffer has been modified by an inplace operation" if written else "it changed"
             raise RuntimeError(
-                f"{self.site.name}: what its forward kept was overwritten by a later one, and one "
-                "of its buffers has been modified by an inplace operation since, so that it cannot "
-                "be computed again. Go back once, and before the next forward; or graphs=0."
+                f"{self.site.name}: what its forward kept is gone, or lies elsewhere, and {what} "
+                "since, so that it cannot be computed again. Go back once, and before the next "
+                "forward; or graphs=0."
             )
         leaf, names, added = (
             x.detach().requires_grad_(wanted[0]),
@@ -193,7 +204,8 @@ class Graphs:
         )
         triples = zip(parameters, wanted[1:], names, strict=True)
         leaves = [leaf, *(twin(p, want, name in added) for p, want, name in triples)]
-        with self._as(then), torch.enable_grad():
+        plainly = torch.autocast("cuda", enabled=False)
+        with self._as(then), torch.inference_mode(False), torch.enable_grad(), plainly:
             y = Bare(self.parts.block).with_parameters(names, leaves[1:], leaf)
         asked = [one for one, want in zip(leaves, wanted, strict=True) if want]
         grads = iter(torch.autograd.grad(y, asked, dy, allow_unused=True))
@@ -247,10 +259,11 @@ class Graphs:
         recorded = [one for one in self._sizes.values() if one.graph is not None]
         if len(recorded) >= SIZES:
             min(recorded, key=lambda one: one.used).drop("its block is called with too many sizes")
-        site, block, parameters = self.site, self.parts.block, watch.parameters()
-        trains = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *parameters))
-        rows = x.numel() // x.shape[-1] * site.top_k
+        site, block = self.site, self.parts.block
         try:
+            parameters = watch.parameters()
+            trains = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *parameters))
+            rows = x.numel() // x.shape[-1] * site.top_k
             # On the stream that is recorded on, auto would take another.
             if pick_backend(site.backend, x.dtype, x.device, rows, spec=site.spec).name == "te":
                 size.reason = "te copies the number of rows to the host"
@@ -265,14 +278,10 @@ class Graphs:
                     )
                 else:
                     size.graph = Inference(block, x, copies, memory)
-        except torch.OutOfMemoryError:
-            size.drop("there was no memory for it")
+        except torch.OutOfMemoryError as error:
+            size.drop(told(error))  # which may be there the next time
         except Exception as error:  # whatever keeps it from a graph: Python goes on without
-            size.reason = _told(error)
-
-
-def _told(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
+            size.reason = told(error)
 
 
 class _Size:
@@ -296,7 +305,7 @@ class _Size:
     def look(self, graph: Inference | Training, x: Tensor) -> None:
         """Let go of a graph that x or the last gradient has turned out not to fit."""
         if isinstance(graph, Training) and graph.broken is not None:
-            self.drop(_told(graph.broken))
+            self.drop(graph.broken)
         elif isinstance(graph, Training) and graph.moved:
             self.graph, self.copies_dy = None, True
         elif not graph.input.fits(x):

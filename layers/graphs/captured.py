@@ -1,11 +1,11 @@
 """A block's forward and backward for one size of its input, as a CUDA graph each.
 
 What `torch.cuda.make_graphed_callables` makes, but for four things. What a replay computes is
-handed out as a copy, so that nobody's tensor changes under his hands. Its input is read where it
-lies as long as it lies there in every call, which is the rule where each step allocates as the one
-before, and copied only when it did not. Gradients that backward adds to itself are added to where
-they lie. And a graph whose backward is pending, which still needs what its forward kept, is not
-replayed.
+handed out as a copy, so that nobody's tensor changes under his hands. Its input, and the gradient
+of its output, are read where they lie as long as they lie there in every call, which is the rule
+where each step allocates as the one before, and copied only when they did not. Gradients that
+backward adds to itself are added to where they lie. And a graph whose backward is pending, which
+still needs what its forward kept, is not replayed.
 """
 
 from __future__ import annotations
@@ -37,11 +37,10 @@ class Memory:
         self.side, self.pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
         self._shared: dict[tuple[torch.Size, torch.dtype], Tensor] = {}
         with torch.cuda.stream(self.side):
-            # cuBLAS takes memory at its first call on a stream: not within a recording.
+            # A pool ends with its last graph: this one stays. And cuBLAS takes memory at its first
+            # call on a stream, which it gives back when it is told to: let it be the pool's.
             square = torch.zeros(16, 16, device=device)
-            torch.mm(square, square)
-            # A pool ends with its last graph: this one stays.
-            self._stays = recorded(lambda: torch.zeros(1, device=device), self.pool, ERRORS)
+            self._stays = recorded(lambda: torch.mm(square, square), self.pool, ERRORS), square
 
     def shared_like(self, tensor: Tensor) -> Tensor:
         key = (tensor.shape, tensor.dtype)
@@ -157,7 +156,7 @@ class Training:
         parameters: Sequence[Tensor],
         added: Sequence[str],
     ) -> None:
-        self.moved, self.broken = False, cast(Exception | None, None)
+        self.moved, self.broken = False, cast(str | None, None)
         self._memory = memory
         self._pending: Callable[[], Pending | None] = _over
         pairs = zip(names, parameters, strict=True)
@@ -198,23 +197,38 @@ class Training:
 
     def output(self) -> tuple[Tensor, Pending]:
         """y, and what to come back with for the gradients."""
-        pending = Pending()
-        self._pending = weakref.ref(pending)
+        pending, here = Pending(), weakref.ref(self)
+
+        def forgotten(_: object) -> None:
+            graph = here()
+            if graph is not None:
+                graph._forget()
+
+        # Until its backward is recorded it holds what autograd kept of the forward.
+        self._pending = weakref.ref(pending, None if self._unrecorded is None else forgotten)
         return self._y.clone(), pending
 
+    def _forget(self) -> None:
+        if self._unrecorded is not None:
+            self._unrecorded, self.broken = None, "nobody went back through it"
+
     def gradients(
-        self, dy: Tensor, parameters: Sequence[Tensor], pending: Pending
+        self, x: Tensor, dy: Tensor, parameters: Sequence[Tensor], pending: Pending
     ) -> list[Tensor | None] | None:
         """Of x and of the parameters, None for those that require none; None in all where what they
         need is gone: asked for before, or elsewhere by now."""
         if self._pending() is not pending or self._places_of(parameters) != self._places:
             return None
+        if not self.input.fits(x):
+            return None
         self._pending = _over
         if self._unrecorded is not None:
             try:
                 self._record_backward(dy, copies=not dy.is_contiguous())
-            except Exception as error:  # whatever it is: Python goes on without
-                self.broken = error
+            except BaseException as error:  # whatever it is: Python goes on without
+                self.broken = told(error)
+                if not isinstance(error, Exception):
+                    raise
                 return None
         if not self._dy.fits(dy):
             self.moved = True
@@ -228,9 +242,10 @@ class Training:
         assert self._unrecorded is not None
         (y, wanted), memory = self._unrecorded, self._memory
         self._unrecorded = None
-        self._dy = Input(dy, memory.shared_like if copies else None)
+        with torch.inference_mode(False):
+            self._dy = Input(dy, memory.shared_like if copies else None)
         read, inputs = self._dy.tensor(dy), [one for one in wanted if one.requires_grad]
-        with torch.cuda.stream(memory.side):
+        with torch.inference_mode(False), torch.cuda.stream(memory.side):
             self.replay_backward, grads = recorded(
                 lambda: torch.autograd.grad(y, inputs, read, allow_unused=True),
                 memory.pool,
@@ -243,6 +258,13 @@ class Training:
         into = [addable(p) for p, adds in zip(parameters, self._added, strict=True) if adds]
         lie = [parameter.data_ptr() for parameter in parameters]
         return lie, [None if grad is None else grad.data_ptr() for grad in into]
+
+
+def told(error: BaseException) -> str:
+    """An error in a line. The error itself would hold the tensors of every frame."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return "there was no memory for it"
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
 
 
 def _over() -> None:
@@ -293,9 +315,10 @@ class _Replayed(torch.autograd.Function):
         call, grads = ctx.call, None
         # By Python where vmap asks for several gradients at once, or another thread replays.
         one = direct(dy) and not torch._C._functorch.is_legacy_batchedtensor(dy)
-        if one and call.lock.acquire(blocking=False):
+        outside = torch.cuda.is_current_stream_capturing()
+        if one and not outside and call.lock.acquire(blocking=False):
             try:
-                grads = call.graph.gradients(dy, parameters, ctx.pending)
+                grads = call.graph.gradients(x, dy, parameters, ctx.pending)
             finally:
                 call.lock.release()
         if grads is None:

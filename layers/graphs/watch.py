@@ -62,6 +62,7 @@ class Watch:
         now = [get(name) for get, name in self._facts]
         return (
             not all(map(is_, now, self._were))
+            or any(held.get(name) is None for held, name in self._slots)
             or any(type(m) is not kind or kind.forward is not was for m, kind, was in self._classes)
             or [len(held) for held in self._dicts] != self._lengths
         )
@@ -166,6 +167,7 @@ def _acts(hook: Any) -> bool:
     return collector is None or bool(collector.get())
 
 
+_IN_TRAINING = (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._NormBase)
 _KNOWN = ("moetk.", "transformers.", "torch.")
 
 
@@ -191,6 +193,8 @@ def _reason_of(module: nn.Module) -> str | None:
     for cls in (*type(module).__mro__, type(module).forward):
         if cls is not object and not f"{cls.__module__}.".startswith(_KNOWN):
             return f"runs Python of {cls.__module__}"
+    if isinstance(module, _IN_TRAINING):
+        return "does something else in training"
     if "parametrizations" in module._modules:
         return "is parametrized"
     if "forward" in vars(module) or "_hf_hook" in vars(module):

@@ -54,6 +54,7 @@ class Driver:
         self.recording: set[object] = set()
         self.generator_waits = False
         self.broken = False
+        self.blas = False  # made at its first product, which cannot be recorded
 
     def current_stream(self) -> Any:
         return self.stream
@@ -117,7 +118,15 @@ class Capture:
 
 def installed(monkeypatch: pytest.MonkeyPatch) -> Driver:
     """A driver in the place of torch's, for one test."""
-    made = Driver()
+    made, mm = Driver(), torch.mm
+
+    def product(*args: Any, **kwargs: Any) -> Tensor:
+        if made.recording and not made.blas:
+            raise RuntimeError("CUBLAS_STATUS_NOT_INITIALIZED")
+        made.blas = True
+        return mm(*args, **kwargs)
+
+    monkeypatch.setattr(torch, "mm", product)
     monkeypatch.setattr(torch.cuda, "Stream", Side)
     for name in ("current_stream", "graph_pool_handle", "graph"):
         monkeypatch.setattr(torch.cuda, name, getattr(made, name))

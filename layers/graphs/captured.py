@@ -36,10 +36,12 @@ class Memory:
     def __init__(self, device: torch.device) -> None:
         self.side, self.pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
         self._shared: dict[tuple[torch.Size, torch.dtype], Tensor] = {}
+        # A pool ends with its last graph: this one stays. And cuBLAS takes memory at its first call
+        # on a stream, which it gives back when it is told to: let it be the pool's. (It is itself
+        # made at its first call of all, which cannot be recorded.)
+        square = torch.zeros(16, 16, device=device)
+        torch.mm(square, square)
         with torch.cuda.stream(self.side):
-            # A pool ends with its last graph: this one stays. And cuBLAS takes memory at its first
-            # call on a stream, which it gives back when it is told to: let it be the pool's.
-            square = torch.zeros(16, 16, device=device)
             self._stays = recorded(lambda: torch.mm(square, square), self.pool, ERRORS), square
 
     def shared_like(self, tensor: Tensor) -> Tensor:

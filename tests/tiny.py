@@ -124,3 +124,17 @@ def spread(model: nn.Module) -> None:
 def ids(batch: int = 2, length: int = 12, *, seed: int = 1) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(3, VOCAB, (batch, length), generator=generator)
+
+
+def generated(model: Any, prompt: torch.Tensor, mask: torch.Tensor | None = None) -> Any:
+    """Eight greedy tokens behind each prompt, with their logits."""
+    return model.generate(
+        prompt,
+        attention_mask=torch.ones_like(prompt) if mask is None else mask,
+        max_new_tokens=8,
+        do_sample=False,
+        eos_token_id=None,
+        pad_token_id=0,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
@@ -23,7 +22,7 @@ from moetk.routing import TokenChoice
 from tests.gpu.calls import BF16, drawn, on_kernels
 from tests.gpu.device import DEVICE, needs_kernels, normal
 from tests.gpu.judged import assert_bitwise, grown
-from tests.tiny import FAMILIES, tiny
+from tests.tiny import FAMILIES, generated, tiny
 
 CTX = RouterContext()
 H, E, I, TOKENS = 64, 16, 48, 100
@@ -229,19 +228,6 @@ def test_compiled_with_cuda_graphs_by_torch():
             torch.compiler.cudagraph_mark_step_begin()
             error = relative_error(compiled(x_TH).clone(), layer(x_TH))
             assert error <= torch.finfo(BF16).eps
-
-
-def generated(model: Any, prompt: Tensor, mask: Tensor) -> Any:
-    return model.generate(
-        prompt,
-        attention_mask=mask,
-        max_new_tokens=8,
-        do_sample=False,
-        eos_token_id=None,
-        pad_token_id=0,
-        output_logits=True,
-        return_dict_in_generate=True,
-    )
 
 
 def prompted() -> tuple[Tensor, Tensor]:

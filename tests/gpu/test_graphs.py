@@ -14,7 +14,7 @@ from moetk import replace_moe
 from moetk.layers.find import find_blocks
 from moetk.layers.graphs import GRAPHS
 from tests.gpu.device import DEVICE, needs_kernels, normal
-from tests.tiny import FAMILIES, VOCAB, H, tiny
+from tests.tiny import FAMILIES, VOCAB, H, generated, ids, tiny
 
 pytestmark = needs_kernels
 BF16 = torch.bfloat16
@@ -241,17 +241,7 @@ def test_generates_the_same(family):
     found = []
     for model, graphs in zip(models, (0, 4096), strict=True):
         replace_moe(model, backend="fused", graphs=graphs)
-        prompt = torch.randint(3, VOCAB, (2, 6), generator=torch.Generator().manual_seed(1))
-        made = model.generate(
-            prompt.to(DEVICE),
-            attention_mask=torch.ones_like(prompt).to(DEVICE),
-            max_new_tokens=8,
-            do_sample=False,
-            eos_token_id=None,
-            pad_token_id=0,
-            output_logits=True,
-            return_dict_in_generate=True,
-        )
+        made = generated(model, ids(2, 6).to(DEVICE))
         found.append([made.sequences, *made.logits])
     assert_same(*found)
     assert (replays(models[1]) > 0) == (family in REPLAYED)

@@ -23,7 +23,7 @@ from moetk.losses import RouterZLoss
 from tests.driver import Graph
 from tests.layers.graphed import drawn, pair, recorded, same, stepped
 from tests.layers.parts import cosine
-from tests.tiny import FAMILIES, ids, tiny
+from tests.tiny import FAMILIES, generated, ids, tiny
 
 pytestmark = pytest.mark.usefixtures("gpu")
 
@@ -447,15 +447,7 @@ def test_every_family_generates_the_same_tokens(family: str) -> None:
     found = []
     for model, graphs in zip(models, (0, 64), strict=True):
         replacement = replace_moe(model, graphs=graphs)
-        made = model.generate(
-            ids(),
-            max_new_tokens=8,
-            do_sample=False,
-            eos_token_id=None,
-            pad_token_id=0,
-            output_logits=True,
-            return_dict_in_generate=True,
-        )
+        made = generated(model, ids())
         found.append([made.sequences, *made.logits])
     assert same(*found)
     if family == "gpt_oss":

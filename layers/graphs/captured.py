@@ -13,7 +13,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -158,7 +158,8 @@ class Training:
         parameters: Sequence[Tensor],
         added: Sequence[str],
     ) -> None:
-        self.moved, self.broken = False, cast(str | None, None)
+        self.moved = False
+        self.broken: str | None = None
         self._memory = memory
         self._pending: Callable[[], Pending | None] = _over
         pairs = zip(names, parameters, strict=True)
@@ -289,16 +290,13 @@ def _one(y: Any) -> Tensor:
     return y
 
 
-class Call:
-    """One replayed call, for its node: what its backward needs beside x and the parameters."""
+class Call(NamedTuple):
+    """One replayed call, for its node: what its backward needs beside x and the parameters. again:
+    the gradients by Python, of x, parameters, dy and which of them are wanted."""
 
-    def __init__(
-        self,
-        graph: Training,
-        lock: threading.Lock,
-        again: Callable[..., Sequence[Tensor | None]],
-    ) -> None:
-        self.graph, self.lock, self.again = graph, lock, again
+    graph: Training
+    lock: threading.Lock
+    again: Callable[..., Sequence[Tensor | None]]
 
 
 class _Replayed(torch.autograd.Function):

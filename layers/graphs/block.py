@@ -18,6 +18,7 @@ from torch.utils._device import DeviceContext
 from moetk.experts import pick_backend
 from moetk.kernels.direct import direct, on_device_of
 from moetk.layers.carrier import ModelForward, Visit
+from moetk.layers.find import runs_on
 from moetk.layers.graphs.captured import (
     Bare,
     Call,
@@ -233,6 +234,8 @@ class Graphs:
     def explain(self) -> str:
         """What is replayed by now, or why nothing is."""
         watch = self._watch
+        if watch is None and (device := runs_on(self.parts.experts)).type != "cuda":
+            return f"none: device {device.type}, needs cuda"
         if watch is None or watch.changed():
             watch = Watch(self.parts, self.site)
         if watch.reason is not None:
@@ -240,7 +243,7 @@ class Graphs:
         recorded = sum(size.graph is not None for size in self._sizes.values())
         reasons = dict.fromkeys(one.reason for one in self._sizes.values() if one.reason)
         last = [f"the last call ran as Python: {self._why}"] if self._why else []
-        return "; ".join((f"{recorded} sizes recorded", *reasons, *last))
+        return "; ".join((f"sizes recorded: {recorded}", *reasons, *last))
 
     def _size(self, key: Any) -> _Size:
         sizes = self._sizes

@@ -38,7 +38,7 @@ def test_the_third_call_of_a_size_is_replayed_and_so_are_those_after_it(mode: An
         assert Graph.replays == max(0, seed - 1)
     for found, want in outputs:  # nobody's output changes later
         assert torch.equal(found, want)
-    assert "up to 64 tokens: 1 sizes recorded" in replacement.explain()
+    assert "up to 64 tokens: sizes recorded: 1" in replacement.explain()
 
 
 def test_what_was_recorded_in_inference_mode_serves_outside_it() -> None:
@@ -389,7 +389,7 @@ def test_only_so_many_sizes_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
         for tokens in [*range(1, 9), 8, 8, 9, 9, 9, 10, 10, 10, 9]:
             assert torch.equal(mine(drawn(0, tokens)), plain(drawn(0, tokens)))
     # 8, 9, and 10 in the place of 8; then 9 again.
-    assert Graph.replays == 4 and "2 sizes recorded" in replacement.explain()
+    assert Graph.replays == 4 and "sizes recorded: 2" in replacement.explain()
     assert len(vars(mine)[GRAPHS]._sizes) <= 4
 
 
@@ -456,6 +456,10 @@ def test_every_family_generates_the_same_tokens(family: str) -> None:
         assert Graph.replays == 0
     else:
         assert Graph.replays >= 5
+
+
+def test_a_model_that_is_on_no_gpu_says_so() -> None:
+    assert "none: device cpu, needs cuda" in replace_moe(tiny("qwen3_moe"), graphs=64).explain()
 
 
 def test_no_number_of_tokens() -> None:

@@ -15,7 +15,7 @@ from moetk.layers.graphs import GRAPHS, Graphs
 from moetk.layers.shells import CUSTOM, Site
 
 if TYPE_CHECKING:
-    from moetk.layers.replace import Replacement
+    from moetk.layers.replacement import Replacement
 
 
 def explain(replacement: Replacement) -> str:

@@ -10,7 +10,7 @@ from torch import nn
 
 from moetk.errors import ReplayError, UnsupportedRoutingError
 from moetk.layers.carrier import Carrier
-from moetk.layers.replace import replacement_of
+from moetk.layers.replacement import replacement_of
 from moetk.recorded import Recording
 from moetk.routing import Routing, TokenChoice
 

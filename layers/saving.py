@@ -34,7 +34,7 @@ class SavingShell:
     """In front of a model with a custom router or controllers: saves their state with it."""
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
-        from moetk.layers.replace import replacement_of
+        from moetk.layers.replacement import replacement_of
 
         replacement = replacement_of(self)  # type: ignore[arg-type]
         if replacement.label:

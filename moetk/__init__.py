@@ -42,7 +42,7 @@ _MODULE_OF = {
     "LinearRouter": "moetk.routers",
     "MoELayer": "moetk.layers.moe",
     "MoetkError": "moetk.errors",
-    "Replacement": "moetk.layers.replace",
+    "Replacement": "moetk.layers.replacement",
     "RouterContext": "moetk.context",
     "Routing": "moetk.routing",
     "SoftChoice": "moetk.routing",
@@ -69,7 +69,8 @@ if TYPE_CHECKING:  # what editors and mypy read; a test holds it equal to the ta
     from moetk.layers.moe import MoELayer
     from moetk.layers.recording import record, replay
     from moetk.layers.register import register
-    from moetk.layers.replace import Replacement, replace_moe
+    from moetk.layers.replace import replace_moe
+    from moetk.layers.replacement import Replacement
     from moetk.layers.step import speed_up
     from moetk.routers import LinearRouter
     from moetk.routing import ExpertChoice, Routing, SoftChoice, TokenChoice

@@ -26,7 +26,7 @@ from moetk.equivalence.sides.untouched import copied, untouched
 from moetk.errors import EquivalenceError, ReplaceError
 from moetk.layers.families import family_of
 from moetk.layers.find import root_of
-from moetk.layers.replace import replacement_of
+from moetk.layers.replacement import replacement_of
 from moetk.layers.swap import own_class
 
 Progress = Callable[[str, int, int], None]

@@ -31,7 +31,8 @@ from moetk.equivalence.judge import (
     relative_error,
 )
 from moetk.layers.recording import record, replay
-from moetk.layers.replace import replace_moe, replacement_of
+from moetk.layers.replace import replace_moe
+from moetk.layers.replacement import replacement_of
 from moetk.recorded import Recording
 from moetk.routing import Routing, TokenChoice
 

@@ -15,7 +15,8 @@ from torch.optim.lr_scheduler import LambdaLR
 from moetk.errors import NonFiniteRoutingError
 from moetk.io import sha256
 from moetk.layers.recording import record
-from moetk.layers.replace import Replacement, replace_moe
+from moetk.layers.replace import replace_moe
+from moetk.layers.replacement import Replacement
 from moetk.metrics import drop_fraction, max_violation, tokens_per_expert, unserved_fraction
 from moetk.routing import TokenChoice
 from moetk.sweep.causality import is_causal

@@ -15,7 +15,7 @@ from torch import Tensor
 import moetk
 from moetk import replace_moe
 from moetk.errors import ReplaceError
-from moetk.layers.replace import replacement_of
+from moetk.layers.replacement import replacement_of
 from tests.layers.parts import Tally, cosine
 from tests.layers.stock import assert_bitwise, assert_equal, stock
 from tests.tiny import FAMILIES, ids

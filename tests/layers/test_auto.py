@@ -12,7 +12,7 @@ from transformers import LlamaConfig, PhimoeConfig
 import moetk
 from moetk import AutoModelForCausalLM
 from moetk.errors import RouterConfigError, UnsupportedModelError
-from moetk.layers.replace import replacement_of
+from moetk.layers.replacement import replacement_of
 from tests.layers.stock import assert_equal, step, stock
 from tests.layers.test_replace import cosine
 from tests.tiny import FAMILIES, config, spread

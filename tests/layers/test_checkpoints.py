@@ -24,7 +24,7 @@ from moetk.errors import (
     UnexpectedTensorError,
     UnsafePathError,
 )
-from moetk.layers.replace import replacement_of
+from moetk.layers.replacement import replacement_of
 from moetk.layers.saving import STATE_FILE, load_state
 from moetk.losses import LoadBalancingLoss, RouterZLoss
 from moetk.routers import LinearRouter, MixtralRouter

@@ -12,7 +12,7 @@ import torch
 import moetk
 from moetk.equivalence.judge import relative_error
 from moetk.errors import MissingContextError
-from moetk.layers.replace import replacement_of
+from moetk.layers.replacement import replacement_of
 from moetk.losses import hf_load_balancing
 from tests.layers.limits import able, balancing_loss, inputs_embeds
 from tests.layers.stock import (

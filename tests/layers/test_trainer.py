@@ -16,7 +16,7 @@ import moetk
 from moetk import replace_moe
 from moetk.controllers import BiasUpdate
 from moetk.errors import RouterConfigError
-from moetk.layers.replace import replacement_of
+from moetk.layers.replacement import replacement_of
 from moetk.layers.saving import STATE_FILE
 from moetk.losses import LoadBalancingLoss, RouterZLoss
 from tests.layers.parts import Tally, cosine, data, noisy

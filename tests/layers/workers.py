@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from moetk import record, replace_moe
 from moetk.controllers import BiasUpdate
 from moetk.errors import ReplaceError, TopologyError
-from moetk.layers.replace import replacement_of
+from moetk.layers.replacement import replacement_of
 from moetk.losses import LoadBalancingLoss, RouterZLoss
 from moetk.parallel import shard, sum_over_ranks
 from tests.layers.parts import Tally, cosine, data, predicting

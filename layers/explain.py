@@ -30,8 +30,8 @@ def explain(replacement: Replacement) -> str:
         backend, why = _backend(site, found.experts)
         notes[why] = None
         graphs: Graphs | None = vars(found.block).get(GRAPHS)
-        if graphs is not None:
-            notes[f"CUDA graphs, up to {graphs.tokens} tokens: {graphs.explain()}"] = None
+        if graphs is not None and (note := graphs.explain()) is not None:
+            notes[note] = None
         table.add_row(
             site.name,
             _router(site, found.gate),

@@ -50,7 +50,7 @@ def replace_moe(
     check: bool | None = None,
     seed: int | None = None,
     add_to_grad: bool = False,
-    graphs: int = 0,
+    graphs: int | None = None,
 ) -> Replacement:
     """Put moetk's parts into every mixture-of-experts layer of a transformers model, in place.
 
@@ -76,7 +76,8 @@ def replace_moe(
         CUDA graphs, the third time that it comes, where nothing else within a block runs as Python
         (hooks, a router of one's own, losses in training, ...) and, in training, the experts'
         gradients are added to (add_to_grad, and they are there) or not wanted. Each size keeps what
-        its backward needs. 0 = none. `explain` says what is replayed.
+        its backward needs. None = calls of at most 64 tokens without gradients, as in decoding, by
+        backend "fused"; 0 = none. `explain` says what is replayed.
 
     Replacing a second time starts from the stock model again. Nothing changes when it raises:
     UnsupportedModelError for a mixture-of-experts model without a row in moetk.layers.families,
@@ -87,7 +88,7 @@ def replace_moe(
         check_backend_name(backend)
     if add_to_grad and backend not in ("fused", "te"):
         raise BackendError(f'add_to_grad=True needs backend="fused" or "te", not "{backend}".')
-    if graphs < 0:
+    if graphs is not None and graphs < 0:
         raise BackendError(f"graphs={graphs} is no number of tokens: 0 (none) or more.")
     found = list(find_blocks(root))
     if not found and (router or losses or controllers or expects_experts(root)):

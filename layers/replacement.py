@@ -49,7 +49,7 @@ class Replacement:
         sites: Sequence[Site],
         found: Sequence[Found],
         routers: Sequence[Router | None],
-        graphs: int,
+        graphs: int | None,
     ) -> None:
         self.model, self.carrier, self.sites = model, carrier, tuple(sites)
         self._found, self._routers, self._graphs = found, routers, graphs
@@ -100,7 +100,7 @@ class Replacement:
         try:
             for found, site, made in zip(self._found, self.sites, self._routers, strict=True):
                 _install(found, site, made)
-            if self._graphs:
+            if self._graphs != 0:
                 parts = [Parts(one.block, one.gate, one.experts) for one in self._found]
                 put_in(list(zip(parts, self.sites, strict=True)), self._graphs)
             if self.sites:

@@ -18,7 +18,9 @@ from moetk.errors import ReplaceError
 
 @functools.cache
 def _extended(original: type, mixins: tuple[type, ...]) -> type:
-    def __reduce_ex__(self: Any, protocol: int) -> tuple[Any, ...]:
+    def __reduce_ex__(self: Any, protocol: int) -> Any:
+        if type(self) is not cls:  # another class on top, which is not ours to rebuild
+            return original.__reduce_ex__(self, protocol)  # type: ignore[call-arg]
         return _rebuild, (original, mixins), self.__getstate__()
 
     namespace = {
@@ -28,7 +30,8 @@ def _extended(original: type, mixins: tuple[type, ...]) -> type:
         "__reduce_ex__": __reduce_ex__,
         "_moetk_original": original,
     }
-    return type(original.__name__, (*mixins, original), namespace)
+    cls = type(original.__name__, (*mixins, original), namespace)
+    return cls
 
 
 def _rebuild(original: type, mixins: tuple[type, ...]) -> Any:

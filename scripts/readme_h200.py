@@ -91,13 +91,13 @@ def step_lines(rows: Rows) -> Iterator[str]:
 
 
 def generate_lines(rows: Rows) -> Iterator[str]:
-    ours = "`replace_moe` | with `graphs` | and `speed_up` | with `graphs`"
+    ours = "`replace_moe` | `graphs=0` | and `speed_up` | `graphs=0`"
     yield f"| generate(), a token, 8 layers | Transformers | {ours} |"
     yield "|---|---|---|---|---|---|"
     for words, shape in GENERATIONS:
         mine = [row for row in rows if row["shape"].startswith(f"{shape} ")]
         cells = [f"{value(mine, GENERATE, 'v5'):.1f} ms"]
-        for who in ("moetk", "moetk-graphs", "moetk-step", "moetk-step-graphs"):
+        for who in ("moetk", "moetk-eager", "moetk-step", "moetk-step-eager"):
             ratio = value(mine, f"{GENERATE} ratio", who)
             cells.append(f"{value(mine, GENERATE, who):.1f} ms, {ratio:.2f}")
         yield f"| {words} | {' | '.join(cells)} |"

@@ -78,8 +78,8 @@ def test_the_command(bench: Any, tmp_path: Path) -> None:
     assert {row.who for row in rows} == {
         "v5",
         "moetk",
-        "moetk-graphs",
+        "moetk-eager",
         "moetk-step",
-        "moetk-step-graphs",
+        "moetk-step-eager",
     }
     assert all("new=2" in row.shape and "cache=static" in row.shape for row in rows)

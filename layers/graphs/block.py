@@ -7,14 +7,15 @@ without; it must not do what that Python would not have done.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._device import DeviceContext
 
+from moetk.errors import ReplaceError
 from moetk.experts import pick_backend
 from moetk.kernels.direct import direct, on_device_of
 from moetk.layers.carrier import ModelForward, Visit
@@ -24,27 +25,30 @@ from moetk.layers.graphs.captured import (
     Call,
     Inference,
     Memories,
+    Output,
     Training,
     replayed,
     told,
     twin,
 )
+from moetk.layers.graphs.sizes import Last, Size, key_of
 from moetk.layers.graphs.watch import Parts, Watch
 from moetk.layers.shells import BOUND, Site, recomputing
 from moetk.layers.swap import extend, withdraw
 
 GRAPHS = "_moetk_graphs"
+DECODED = 64  # tokens of a call without gradients that is replayed where nobody said otherwise
 WARM_UP = 2  # calls of a size before it is recorded: by then its kernels are compiled
 SIZES = 8  # recorded at once for each block
 _SEEN = 64  # sizes that are counted at once
-_TIMES = 3  # recordings of a size
 
 
-def put_in(blocks: Sequence[tuple[Parts, Site]], tokens: int) -> None:
-    """Let calls of at most so many tokens of these blocks of one model be replayed."""
+def put_in(blocks: Sequence[tuple[Parts, Site]], tokens: int | None) -> None:
+    """Let calls of these blocks of one model be replayed. tokens: as in `Graphs`."""
     memories = Memories()
     for parts, site in blocks:
-        extend(parts.block, BlockShell)
+        with suppress(ReplaceError):  # a forward on the instance: `explain` tells
+            extend(parts.block, BlockShell)
         vars(parts.block)[GRAPHS] = Graphs(parts, site, memories, tokens)
 
 
@@ -56,12 +60,12 @@ def take_out(block: nn.Module) -> None:
 class BlockShell:
     """In front of a mixture-of-experts block."""
 
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         graphs: Graphs | None = self.__dict__.get(GRAPHS)
         plain = super().forward  # type: ignore[misc]
-        if graphs is None or args or kwargs or not direct(hidden_states) or not graphs.of(self):
-            return plain(hidden_states, *args, **kwargs)
-        return graphs(hidden_states, plain)
+        if graphs is None or kwargs or len(args) != 1 or not direct(args[0]) or not graphs.of(self):
+            return plain(*args, **kwargs)
+        return graphs(args[0], plain)
 
 
 class Graphs:
@@ -71,15 +75,15 @@ class Graphs:
     part: a hook or a class of the user's within the block, a router of his own, losses and
     controllers in training, a recording or a replay of routings, activation checkpointing,
     autocast, a mode of torch's, torch.compile, an outer capture, another thread's call at the same
-    time. (Two threads that train one block at once are not provided for.) What holds for the whole
-    process (the precision of products, deterministic algorithms) is as it was at the recording.
+    time. (Two threads that train one block at once are not provided for.) None = what decoding
+    calls: DECODED, without gradients, and by `fused`, of which it is known that it can be recorded.
     """
 
-    def __init__(self, parts: Parts, site: Site, memories: Memories, tokens: int) -> None:
+    def __init__(self, parts: Parts, site: Site, memories: Memories, tokens: int | None) -> None:
         self.parts, self.site, self.memories, self.tokens = parts, site, memories, tokens
         self._watch: Watch | None = None
-        self._sizes: dict[Any, _Size] = {}
-        self._last: _Last | None = None
+        self._sizes: dict[Any, Size] = {}
+        self._last: Last | None = None
         self._why: str | None = None
         self._calls = 0
 
@@ -93,19 +97,28 @@ class Graphs:
 
     def __call__(self, x: Tensor, plain: Callable[[Tensor], Any]) -> Any:
         """The block's output. x: of which `direct` holds. plain: the block's own forward."""
+        if not self._few(x):
+            self._why = "it was none of these"
+            return plain(x)
         if not self.memories.lock.acquire(blocking=False):
             return plain(x)  # another thread's call, whose memory this one would overwrite
         try:
             y = self._replayed(x)
         finally:
             self.memories.lock.release()
-        if isinstance(y, Tensor):
-            return y
-        return plain(x) if y is None or y.reason is not None else _counted(y, x, plain)
+        if isinstance(y, Size):
+            return _counted(y, x, plain) if y.reason is None else plain(x)
+        return plain(x) if y is None else y
 
-    def _replayed(self, x: Tensor) -> Tensor | _Size | None:
+    def _few(self, x: Tensor) -> bool:
+        most = self.tokens
+        if most is None:
+            most = 0 if torch.is_grad_enabled() else DECODED
+        return x.dim() == 3 and 0 < x.numel() <= most * x.shape[-1]
+
+    def _replayed(self, x: Tensor) -> Output | Size | None:
         """The output; or the size to be counted, None for a call that does not count."""
-        key, watch, last, ahead = _key(x), self._watch, self._last, None
+        key, watch, last, ahead = key_of(x), self._watch, self._last, None
         self._last = None
         with_grad = torch.is_grad_enabled()
         state = None if watch is None else watch.state(with_grad)
@@ -140,7 +153,7 @@ class Graphs:
                 self._why = "the backward of the forward before was still to come"
                 return None
             graph.launch(x)
-            ahead = _Last(key, state, graph)
+            ahead = Last(key, state, graph)
         self._last = ahead
         if isinstance(graph, Inference):
             return graph.output()
@@ -150,8 +163,6 @@ class Graphs:
 
     def _why_not(self, x: Tensor) -> str | None:
         """Why this call runs as Python; None where a replay can stand for it."""
-        if x.dim() != 3 or not 0 < x.numel() <= self.tokens * x.shape[-1]:
-            return "it had more tokens than asked for, or none"
         if not self.site.active:
             return "the model was restored"
         if torch.cuda.is_current_stream_capturing():
@@ -231,11 +242,19 @@ class Graphs:
             _set_training(modules, trained)
             self._last, self._why = kept
 
-    def explain(self) -> str:
-        """What is replayed by now, or why nothing is."""
+    def explain(self) -> str | None:
+        """Which calls are to be replayed, and what is by now, or why nothing is. None where nobody
+        asked for it, and there is no GPU."""
+        few = f"up to {DECODED} tokens without gradients"
+        calls = few if self.tokens is None else f"up to {self.tokens} tokens"
+        if self._watch is not None or (device := runs_on(self.parts.experts)).type == "cuda":
+            return f"CUDA graphs, {calls}: {self._told()}"
+        if self.tokens is None:
+            return None
+        return f"CUDA graphs, {calls}: none: device {device.type}, needs cuda"
+
+    def _told(self) -> str:
         watch = self._watch
-        if watch is None and (device := runs_on(self.parts.experts)).type != "cuda":
-            return f"none: device {device.type}, needs cuda"
         if watch is None or watch.changed():
             watch = Watch(self.parts, self.site)
         if watch.reason is not None:
@@ -245,7 +264,7 @@ class Graphs:
         last = [f"the last call ran as Python: {self._why}"] if self._why else []
         return "; ".join((f"sizes recorded: {recorded}", *reasons, *last))
 
-    def _size(self, key: Any) -> _Size:
+    def _size(self, key: Any) -> Size:
         sizes = self._sizes
         size = sizes.get(key)
         if size is None:
@@ -253,12 +272,12 @@ class Graphs:
                 idle = [known for known, one in sizes.items() if one.graph is None]
                 # Those that cannot be recorded last: they would be tried again.
                 del sizes[min(idle, key=lambda known: sizes[known].reason is not None)]
-            size = sizes[key] = _Size()
+            size = sizes[key] = Size()
         self._calls += 1
         size.used = self._calls
         return size
 
-    def _record(self, size: _Size, key: tuple[Any, ...], x: Tensor, watch: Watch) -> None:
+    def _record(self, size: Size, key: tuple[Any, ...], x: Tensor, watch: Watch) -> None:
         recorded = [one for one in self._sizes.values() if one.graph is not None]
         if len(recorded) >= SIZES:
             min(recorded, key=lambda one: one.used).drop("its block is called with too many sizes")
@@ -268,8 +287,12 @@ class Graphs:
             trains = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *parameters))
             rows = x.numel() // x.shape[-1] * site.top_k
             # On the stream that is recorded on, auto would take another.
-            if pick_backend(site.backend, x.dtype, x.device, rows, spec=site.spec).name == "te":
+            backend = pick_backend(site.backend, x.dtype, x.device, rows, spec=site.spec).name
+            if backend == "te":
                 size.reason = "te copies the number of rows to the host"
+                return
+            if self.tokens is None and backend != "fused":
+                size.reason = f"{backend} may wait for the host; with graphs=N it is tried"
                 return
             with on_device_of(x):
                 memory = self.memories.at(key[:2], x.device)
@@ -287,62 +310,6 @@ class Graphs:
             size.reason = told(error)
 
 
-class _Size:
-    """One size of input. seen: calls that ran to their end. used: the number of its last call.
-    state: what they found where. copies, copies_dy: inputs, gradients of outputs do not always lie
-    in the same place. reason: why it is not recorded any more."""
-
-    def __init__(self) -> None:
-        self.seen = self.used = self.dropped = 0
-        self.state: object = None
-        self.graph: Inference | Training | None = None
-        self.copies = self.copies_dy = False
-        self.reason: str | None = None
-
-    def move(self, state: object) -> None:
-        self.state = state
-        if self.graph is not None:
-            self.drop("its weights or gradients lie elsewhere time and again")
-        self.seen = 0
-
-    def look(self, graph: Inference | Training, x: Tensor) -> None:
-        """Let go of a graph that x or the last gradient has turned out not to fit."""
-        if isinstance(graph, Training) and graph.broken is not None:
-            self.drop(graph.broken)
-        elif isinstance(graph, Training) and graph.moved:
-            self.graph, self.copies_dy = None, True
-        elif not graph.input.fits(x):
-            self.graph, self.copies, self.copies_dy = None, True, True
-
-    def drop(self, why: str) -> None:
-        """Start anew, unless it was so before."""
-        self.seen, self.graph, self.dropped = 0, None, self.dropped + 1
-        if self.dropped >= _TIMES:
-            self.reason = why
-
-    def count(self, _: object = None) -> None:
-        self.seen += 1
-
-
-class _Last(NamedTuple):
-    """The last call, where it was replayed."""
-
-    key: object
-    state: object
-    graph: Inference | Training
-
-    def holds(self, key: object, state: object, x: Tensor) -> bool:
-        """Whether its graph could be launched for x: it reads and writes what is there."""
-        return (
-            key == self.key
-            and state == self.state
-            and not self.graph.pending
-            and not self.graph.spent
-            and self.graph.input.fits(x)
-            and not torch.cuda.is_current_stream_capturing()
-        )
-
-
 class _Then:
     """What a replayed forward found, for a backward by Python."""
 
@@ -356,7 +323,7 @@ def _set_training(modules: Sequence[nn.Module], training: Sequence[bool]) -> Non
         module.training = trains
 
 
-def _counted(size: _Size, x: Tensor, plain: Callable[[Tensor], Any]) -> Any:
+def _counted(size: Size, x: Tensor, plain: Callable[[Tensor], Any]) -> Any:
     """The block by Python; counted when it has run, backward included."""
     # Its gradient comes last, and once.
     inner = x.view_as(x) if torch.is_grad_enabled() and x.requires_grad else x
@@ -373,10 +340,3 @@ def _in_a_function_mode() -> bool:
     """Beside torch.set_default_device, which asks only where tensors are made."""
     number = torch._C._len_torch_function_stack()
     return any(type(torch._C._get_function_stack_at(n)) is not DeviceContext for n in range(number))
-
-
-def _key(x: Tensor) -> tuple[Any, ...]:
-    """What one graph is recorded for: device and current stream first."""
-    device, with_grad = x.get_device(), torch.is_grad_enabled()
-    stream = torch._C._cuda_getCurrentRawStream(device)
-    return device, stream, x.shape, x.dtype, with_grad, with_grad and x.requires_grad

@@ -111,6 +111,9 @@ class Input:
             self._buffer.copy_(x.detach())  # else the buffer would hang on x's graph
 
 
+Output = Tensor | tuple[Tensor, ...]  # gpt_oss's block returns its scores, too
+
+
 class Inference:
     """y of x without gradients: where `input.fits(x)` and not `pending`, `launch` and `output`."""
 
@@ -122,14 +125,15 @@ class Inference:
             read = self.input.tensor(x)
             with torch.cuda.stream(memory.side):
                 self.replay, y = recorded(lambda: block.forward(read), memory.pool, ERRORS)
-            self._y = _one(y)
+            self._y: Output = tuple(map(_one, y)) if type(y) is tuple else _one(y)
 
     def launch(self, x: Tensor) -> None:
         self.input.fill(x)
         self.replay()
 
-    def output(self) -> Tensor:
-        return self._y.clone()
+    def output(self) -> Output:
+        y = self._y
+        return y.clone() if isinstance(y, Tensor) else tuple(one.clone() for one in y)
 
 
 class Pending:

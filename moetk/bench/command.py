@@ -209,7 +209,7 @@ def generate(
     results = measure_generate(
         shape,
         step_contenders_named(
-            contenders or "v5,moetk,moetk-graphs,moetk-step,moetk-step-graphs", backend
+            contenders or "v5,moetk,moetk-eager,moetk-step,moetk-step-eager", backend
         ),
         meter,
         new_tokens=new_tokens,

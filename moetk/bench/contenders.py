@@ -88,13 +88,13 @@ def stock(implementation: str | None = None) -> Contender:
 
 
 def ours(backend: str, add_to_grad: bool = False) -> Contender:
-    """The block after `moetk.replace_moe(model, backend=..., add_to_grad=...)`."""
+    """The block after `moetk.replace_moe(model, backend=..., add_to_grad=..., graphs=0)`."""
 
     def build(model: Any) -> nn.Module:
         from moetk.layers.replace import replace_moe
 
         twin = copy.deepcopy(model)
-        replace_moe(twin, backend=backend, add_to_grad=add_to_grad)
+        replace_moe(twin, backend=backend, add_to_grad=add_to_grad, graphs=0)
         return block_of(twin)  # type: ignore[no-any-return]
 
     return Contender(f"moetk-{backend}{'-adds' if add_to_grad else ''}", build)

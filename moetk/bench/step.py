@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moetk.bench.contenders import MANY, run_in_fp8
+from moetk.bench.contenders import run_in_fp8
 from moetk.bench.meter import Meter, Phases
 from moetk.bench.profile import Profile, largest_kernels
 from moetk.bench.race import WARM_UP, told
@@ -69,7 +69,7 @@ def checkpointed(model: Any) -> None:
     model.gradient_checkpointing_enable()
 
 
-def replaced(backend: str, graphs: int = 0) -> Prepare:
+def replaced(backend: str, graphs: int | None = None) -> Prepare:
     """moetk's router and experts in every layer, with this backend; graphs as in `replace_moe`."""
 
     def prepare(model: Any) -> Any:
@@ -80,7 +80,7 @@ def replaced(backend: str, graphs: int = 0) -> Prepare:
     return prepare
 
 
-def sped_up(backend: str, graphs: int = 0) -> Prepare:
+def sped_up(backend: str, graphs: int | None = None) -> Prepare:
     """`replaced`, and moetk's norms, rotary embedding and loss."""
 
     def prepare(model: Any) -> Any:
@@ -151,9 +151,9 @@ def step_contenders(backend: str = "auto") -> dict[str, StepContender]:
         StepContender("v5-checkpointing", checkpointed),
         StepContender("v5-compiled", compiled(as_it_is)),
         StepContender("moetk", replaced(backend)),
-        StepContender("moetk-graphs", replaced(backend, MANY)),
+        StepContender("moetk-eager", replaced(backend, graphs=0)),
         StepContender("moetk-step", sped_up(backend)),
-        StepContender("moetk-step-graphs", sped_up(backend, MANY)),
+        StepContender("moetk-step-eager", sped_up(backend, graphs=0)),
         StepContender("moetk-step-compiled", compiled(sped_up(backend))),
         StepContender("moetk-step-adamw", sped_up(backend), moetk_adamw),
         StepContender("moetk-step-te", sped_up("te"), moetk_adamw, TE),

@@ -17,7 +17,9 @@ def block_of(model: Any) -> Any:
     return model.model.layers[-1].mlp
 
 
-def pair(family: str = "qwen3_moe", tokens: int = 64, **changes: Any) -> tuple[Any, Any, Any]:
+def pair(
+    family: str = "qwen3_moe", tokens: int | None = 64, **changes: Any
+) -> tuple[Any, Any, Any]:
     """A block by Python and its twin by graphs, both of replaced models, the experts frozen; and
     the Replacement of the latter."""
     plain = tiny(family).eval()
@@ -25,7 +27,7 @@ def pair(family: str = "qwen3_moe", tokens: int = 64, **changes: Any) -> tuple[A
         experts = getattr(layer.mlp, "experts", nn.Module())
         experts.requires_grad_(False)
     mine = copy.deepcopy(plain)
-    replace_moe(plain, **changes)
+    replace_moe(plain, graphs=0, **changes)
     replacement = replace_moe(mine, graphs=tokens, **changes)
     return block_of(plain), block_of(mine), replacement
 

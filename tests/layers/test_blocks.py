@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from moetk import replace_moe
 from moetk.equivalence.judge import judge, relative_error
 from moetk.layers.families import family_of
+from moetk.layers.swap import own_class
 from tests.layers.stock import PARITY, stock
 from tests.tiny import FAMILIES, VOCAB, H
 
@@ -34,7 +35,7 @@ def run(block: Any, x_1TH: Tensor, kept_T: Tensor) -> tuple[dict[str, Tensor], T
     assert family is not None
     handle = getattr(block, family.router).register_forward_hook(note)
     inputs: dict[str, Any] = {}
-    if "input_ids" in inspect.signature(block.forward).parameters:
+    if "input_ids" in inspect.signature(own_class(block).forward).parameters:
         inputs["input_ids"] = torch.arange(T)[None] % VOCAB
     block.zero_grad()
     x_1TH = x_1TH.clone().requires_grad_()

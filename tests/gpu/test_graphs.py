@@ -18,10 +18,10 @@ from tests.tiny import FAMILIES, VOCAB, H, generated, ids, tiny
 
 pytestmark = needs_kernels
 BF16 = torch.bfloat16
-DECODED = [name for name in FAMILIES if name != "deepseek_v4"]  # called with token ids
-REPLAYED = [
-    name for name in DECODED if name != "gpt_oss"
-]  # returns a tuple: without gradients only
+# deepseek_v4's blocks are called with token ids; gpt_oss's return tuples, replayed where no
+# gradient is wanted.
+DECODED = [name for name in FAMILIES if name != "deepseek_v4"]
+REPLAYED = [name for name in DECODED if name != "gpt_oss"]
 
 
 def twins(family: str, **changes: Any) -> list[Any]:

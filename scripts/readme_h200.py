@@ -24,10 +24,11 @@ LAYERS = (
     ("Qwen3-30B-A3B, 16,384 tokens", "qwen3-30b-a3b", 16384, "moetk-fused-adds", "graphed"),
     ("Qwen3-30B-A3B, 4,096", "qwen3-30b-a3b", 4096, "moetk-fused-adds", "graphed"),
     ("Qwen3-30B-A3B, 256", "qwen3-30b-a3b", 256, "moetk-fused-adds", "graphed"),
-    ("OLMoE-1B-7B, 16,384", "olmoe-1b-7b", 16384, "moetk-fused-adds", ""),
+    ("OLMoE-1B-7B, 16,384", "olmoe-1b-7b", 16384, "moetk-fused-adds", "adds-graphs"),
     ("Mixtral-8x7B, 16,384, `te`", "mixtral-8x7b", 16384, "moetk-te-adds", "moetk-te"),
     ("DeepSeek-V3, 32 of its experts, 16,384", "dsv3-ep8", 16384, "moetk-fused-adds", ""),
 )
+PEERS = (("Qwen3-30B-A3B", "qwen3-30b-a3b"), ("OLMoE-1B-7B", "olmoe-1b-7b"))
 STEPS = (
     ("8 layers, 4 x 4,096 tokens", "layers=8 batch=4 length=4096"),
     ("12 layers, 4 x 4,096", "layers=12 batch=4 length=4096"),
@@ -77,6 +78,19 @@ def layer_lines(rows: Rows) -> Iterator[str]:
         yield f"| {words} | {' | '.join(cells)} |"
 
 
+def peer_lines(rows: Rows) -> Iterator[str]:
+    yield "| 16,384 tokens, beside peers | Transformers | Liger | SonicMoE | moetk | peak MiB |"
+    yield "|---|---|---|---|---|---|"
+    for words, layer in PEERS:
+        raced = [row for row in rows if "sonicmoe" in row["command"]]
+        mine = [row for row in raced if row["shape"].startswith(f"layer={layer} ")]
+        who = ("v5", "liger", "sonicmoe", "moetk-fused-adds")
+        times, peaks = ([value(mine, what, one) for one in who] for what in (BOTH, PEAK))
+        cells = [f"{time:.2f} ms" if time else "-" for time in times]
+        cells.append(", ".join(f"{mib:,.0f}" if mib else "-" for mib in peaks))
+        yield f"| {words} | {' | '.join(cells)} |"
+
+
 def step_lines(rows: Rows) -> Iterator[str]:
     yield "| step: forward, loss, backward, AdamW | Transformers | moetk | ratio | peak GiB |"
     yield "|---|---|---|---|---|"
@@ -106,18 +120,22 @@ def generate_lines(rows: Rows) -> Iterator[str]:
 def tables() -> str:
     layers, steps, tokens = read("layer.csv"), read("step.csv"), read("generate.csv")
     row = layers[0]
+    peers = next(row for row in layers if "sonic-moe" in row["versions"])
+    raced = ", ".join(v for v in peers["versions"].split(", ") if v.startswith(("liger", "sonic")))
     commits = ", ".join(sorted({row["commit"] for row in (*layers, *steps, *tokens)}))
     return "\n".join(
         [
             *layer_lines(layers),
             "",
+            *peer_lines(layers),
+            "",
             *step_lines(steps),
             "",
             *generate_lines(tokens),
             "",
-            f"One {row['gpu']}, bf16; {row['versions'].partition(', liger')[0]}; at the commits "
-            f"{commits}, each row at the one it names; medians, the contenders in turn, the ratio "
-            "that of a round's times. Saved: what the graph keeps; peak: "
+            f"One {row['gpu']}, bf16; {row['versions'].partition(', liger')[0]}, {raced}; at the "
+            f"commits {commits}, each row at the one it names; medians, the contenders in turn, "
+            "the ratio that of a round's times. Saved: what the graph keeps; peak: "
             "over parameters and gradients for a layer, in all for a step. moetk's layers add to "
             "gradients in place; its step has `speed_up` and `moetk.train.AdamW`. Transformers "
             "graphed: by torch.cuda.make_graphed_callables.",

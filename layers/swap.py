@@ -87,7 +87,8 @@ def _drop_left_forward(module: nn.Module) -> None:
 
 
 def _check_instance_forward(module: nn.Module) -> None:
-    if "forward" in vars(module) and "_old_forward" not in vars(module):
+    on_top = vars(module).get("_old_forward" if "_old_forward" in vars(module) else "forward")
+    if on_top is not None and getattr(on_top, "__func__", None) is not type(module).forward:
         raise ReplaceError(
             f"{type(module).__name__} has a forward of its own on the instance (expert parallelism "
             "of transformers, or a patch): a new class would never be called. Replace before it is "

@@ -20,7 +20,7 @@ class AutoModelForCausalLM(transformers.AutoModelForCausalLM):  # type: ignore[m
     Returns the stock model class; logits, parameter names and checkpoints are unchanged within the
     stated tolerance. A dense model loads as stock. Beside transformers' arguments:
 
-    router, losses, controllers, backend: as in `moetk.replace_moe`.
+    router, losses, controllers, backend, graphs: as in `moetk.replace_moe`.
 
     Raises UnsupportedModelError for a mixture-of-experts family without a row (backend="stock"
     loads it as it is), RouterConfigError for a folder that was saved with a custom router when no
@@ -38,6 +38,7 @@ class AutoModelForCausalLM(transformers.AutoModelForCausalLM):  # type: ignore[m
         losses: Sequence[Loss] = (),
         controllers: Sequence[Controller] = (),
         backend: str = "auto",
+        graphs: int | None = None,
         **kwargs: Any,
     ) -> Any:
         out = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
@@ -47,7 +48,12 @@ class AutoModelForCausalLM(transformers.AutoModelForCausalLM):  # type: ignore[m
         if _leave(router, losses, controllers, backend):
             return out
         replacement = replace_moe(
-            model, router, losses=losses, controllers=controllers, backend=backend
+            model,
+            router,
+            losses=losses,
+            controllers=controllers,
+            backend=backend,
+            graphs=graphs,
         )
         folder = _folder(pretrained_model_name_or_path, kwargs)
         if stored is not None:
@@ -73,11 +79,19 @@ class AutoModelForCausalLM(transformers.AutoModelForCausalLM):  # type: ignore[m
         losses: Sequence[Loss] = (),
         controllers: Sequence[Controller] = (),
         backend: str = "auto",
+        graphs: int | None = None,
         **kwargs: Any,
     ) -> Any:
         model = super().from_config(config, **kwargs)
         if not _leave(router, losses, controllers, backend):
-            replace_moe(model, router, losses=losses, controllers=controllers, backend=backend)
+            replace_moe(
+                model,
+                router,
+                losses=losses,
+                controllers=controllers,
+                backend=backend,
+                graphs=graphs,
+            )
         return model
 
 

@@ -7,8 +7,9 @@ without; it must not do what that Python would not have done.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from functools import partial
+from contextlib import contextmanager, nullcontext, suppress
+from functools import partial, update_wrapper
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch.utils._device import DeviceContext
 
 from moetk.errors import ReplaceError
 from moetk.experts import pick_backend
+from moetk.experts.backends import FUSED
 from moetk.kernels.direct import direct, on_device_of
 from moetk.layers.carrier import ModelForward, Visit
 from moetk.layers.find import runs_on
@@ -32,7 +34,7 @@ from moetk.layers.graphs.captured import (
     twin,
 )
 from moetk.layers.graphs.sizes import Last, Size, key_of
-from moetk.layers.graphs.watch import Parts, Watch
+from moetk.layers.graphs.watch import Parts, Watch, is_custom
 from moetk.layers.shells import BOUND, Site, recomputing
 from moetk.layers.swap import extend, withdraw
 
@@ -40,16 +42,21 @@ GRAPHS = "_moetk_graphs"
 DECODED = 64  # tokens of a call without gradients that is replayed where nobody said otherwise
 WARM_UP = 2  # calls of a size before it is recorded: by then its kernels are compiled
 SIZES = 8  # recorded at once for each block
+RECORDINGS = 32  # of each block, in all
 _SEEN = 64  # sizes that are counted at once
 
 
 def put_in(blocks: Sequence[tuple[Parts, Site]], tokens: int | None) -> None:
-    """Let calls of these blocks of one model be replayed. tokens: as in `Graphs`."""
+    """Let calls of these blocks of one model be replayed. tokens: as in `Graphs`. Unasked only
+    where `fused` could run, and no Python of the user's would be in the way. Raises ReplaceError
+    where it was asked for and another library holds a block's forward."""
     memories = Memories()
     for parts, site in blocks:
-        with suppress(ReplaceError):  # a forward on the instance: `explain` tells
+        if tokens is None and (site.backend not in ("auto", "fused") or is_custom(parts, site)):
+            continue
+        with nullcontext() if tokens else suppress(ReplaceError):
             extend(parts.block, BlockShell)
-        vars(parts.block)[GRAPHS] = Graphs(parts, site, memories, tokens)
+            vars(parts.block)[GRAPHS] = Graphs(parts, site, memories, tokens)
 
 
 def take_out(block: nn.Module) -> None:
@@ -60,12 +67,28 @@ def take_out(block: nn.Module) -> None:
 class BlockShell:
     """In front of a mixture-of-experts block."""
 
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        original = vars(cls).get("_moetk_original")
+        if original is not None:  # and not a class that another library puts on top
+            cls.forward = _signed_as(original.forward, BlockShell.forward)  # type: ignore[method-assign]
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if not isinstance(self, BlockShell):  # who kept this method, and called it after `restore`
+            return type(self).forward(self, *args, **kwargs)
         graphs: Graphs | None = self.__dict__.get(GRAPHS)
         plain = super().forward  # type: ignore[misc]
-        if graphs is None or kwargs or len(args) != 1 or not direct(args[0]) or not graphs.of(self):
+        if graphs is None or kwargs or len(args) != 1 or not isinstance(args[0], Tensor):
             return plain(*args, **kwargs)
+        if not direct(args[0]) or not graphs.of(self):
+            return plain(args[0])
         return graphs(args[0], plain)
+
+
+def _signed_as(theirs: Any, ours: Any) -> Any:
+    """A copy of our forward with the signature of theirs, from which callers read what to pass."""
+    parts = ours.__code__, ours.__globals__, ours.__name__, ours.__defaults__, ours.__closure__
+    return update_wrapper(FunctionType(*parts), theirs, updated=())
 
 
 class Graphs:
@@ -85,7 +108,8 @@ class Graphs:
         self._sizes: dict[Any, Size] = {}
         self._last: Last | None = None
         self._why: str | None = None
-        self._calls = 0
+        self._calls = self._recordings = 0
+        self._not_fused: object = None  # dtype and device on which `fused` does not run
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A copy of the model records its own; this may run before the block itself is copied.
@@ -99,6 +123,8 @@ class Graphs:
         """The block's output. x: of which `direct` holds. plain: the block's own forward."""
         if not self._few(x):
             self._why = "it was none of these"
+            return plain(x)
+        if self.tokens is None and self._not_fused == (x.dtype, x.device):
             return plain(x)
         if not self.memories.lock.acquire(blocking=False):
             return plain(x)  # another thread's call, whose memory this one would overwrite
@@ -229,7 +255,8 @@ class Graphs:
         router reads nothing."""
         visit, modules = Visit(ModelForward(), 0), then.watch.modules
         shells = (vars(self.parts.gate), vars(self.parts.experts))
-        before, trained = [held.get(BOUND) for held in shells], [m.training for m in modules]
+        before = [{key: held[key] for key in (BOUND,) if key in held} for held in shells]
+        trained = [module.training for module in modules]
         kept, self._last = (self._last, self._why), None  # or the last would be launched
         try:
             for held in shells:
@@ -238,7 +265,8 @@ class Graphs:
             yield
         finally:
             for held, was in zip(shells, before, strict=True):
-                held[BOUND] = was
+                del held[BOUND]
+                held.update(was)
             _set_training(modules, trained)
             self._last, self._why = kept
 
@@ -247,11 +275,12 @@ class Graphs:
         asked for it, and there is no GPU."""
         few = f"up to {DECODED} tokens without gradients"
         calls = few if self.tokens is None else f"up to {self.tokens} tokens"
-        if self._watch is not None or (device := runs_on(self.parts.experts)).type == "cuda":
-            return f"CUDA graphs, {calls}: {self._told()}"
-        if self.tokens is None:
+        experts = self.parts.experts
+        if self._watch is None and self.tokens is None and not _on_gpu(experts):
             return None
-        return f"CUDA graphs, {calls}: none: device {device.type}, needs cuda"
+        if self._watch is None and (device := runs_on(experts)).type != "cuda":
+            return f"CUDA graphs, {calls}: none: device {device.type}, needs cuda"
+        return f"CUDA graphs, {calls}: {self._told()}"
 
     def _told(self) -> str:
         watch = self._watch
@@ -278,6 +307,9 @@ class Graphs:
         return size
 
     def _record(self, size: Size, key: tuple[Any, ...], x: Tensor, watch: Watch) -> None:
+        if self._recordings >= RECORDINGS:
+            size.reason = f"its block has been recorded {RECORDINGS} times"
+            return
         recorded = [one for one in self._sizes.values() if one.graph is not None]
         if len(recorded) >= SIZES:
             min(recorded, key=lambda one: one.used).drop("its block is called with too many sizes")
@@ -293,7 +325,10 @@ class Graphs:
                 return
             if self.tokens is None and backend != "fused":
                 size.reason = f"{backend} may wait for the host; with graphs=N it is tried"
+                if FUSED.why_not(x.dtype, x.device, site.spec) is not None:
+                    self._not_fused = x.dtype, x.device
                 return
+            self._recordings += 1
             with on_device_of(x):
                 memory = self.memories.at(key[:2], x.device)
                 copies = size.copies or not x.is_contiguous()
@@ -308,6 +343,10 @@ class Graphs:
             size.drop(told(error))  # which may be there the next time
         except Exception as error:  # whatever keeps it from a graph: Python goes on without
             size.reason = told(error)
+
+
+def _on_gpu(module: nn.Module) -> bool:
+    return any(parameter.is_cuda for parameter in module.parameters())
 
 
 class _Then:

@@ -10,6 +10,7 @@ still needs what its forward kept, is not replayed.
 
 from __future__ import annotations
 
+import functools
 import threading
 import weakref
 from collections.abc import Callable, Sequence
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from moetk.errors import BackendError
-from moetk.kernels.cuda_graph import recorded
+from moetk.kernels.cuda_graph import Pool, Value, recorded
 from moetk.kernels.direct import direct, node
 from moetk.kernels.first_order import refuse_second_order
 from moetk.kernels.fused_mlp import addable
@@ -29,20 +30,42 @@ from moetk.kernels.fused_mlp import addable
 ERRORS = "thread_local"
 
 
+class Side:
+    """The stream that is recorded on: one of a device, for one recording at a time.
+
+    cuBLAS takes memory at its first call on a stream (32 MiB on Hopper), which it gives back when
+    it is told to: let it be that of a pool that stays as long as the process. (It is itself made at
+    its first call of all, which cannot be recorded.)
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._stream, self._lock = torch.cuda.Stream(), threading.RLock()
+        square = torch.zeros(16, 16, device=device)
+        torch.mm(square, square)
+        self._stays = self.recorded(lambda: torch.mm(square, square)), square
+
+    def recorded(
+        self, call: Callable[[], Value], pool: Pool = None
+    ) -> tuple[Callable[[], None], Value]:
+        with self._lock, torch.cuda.stream(self._stream):
+            return recorded(call, pool, ERRORS)
+
+
+@functools.cache
+def side(device: torch.device) -> Side:
+    return Side(device)
+
+
 class Memory:
     """What graphs have in common that run one after the other, on one stream: what they compute
     with, and where tensors are put that they read and do not keep."""
 
     def __init__(self, device: torch.device) -> None:
-        self.side, self.pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
+        self.side, self.pool = side(device), torch.cuda.graph_pool_handle()
         self._shared: dict[tuple[torch.Size, torch.dtype], Tensor] = {}
-        # A pool ends with its last graph: this one stays. And cuBLAS takes memory at its first call
-        # on a stream, which it gives back when it is told to: let it be the pool's. (It is itself
-        # made at its first call of all, which cannot be recorded.)
-        square = torch.zeros(16, 16, device=device)
-        torch.mm(square, square)
-        with torch.cuda.stream(self.side):
-            self._stays = recorded(lambda: torch.mm(square, square), self.pool, ERRORS), square
+        number = torch.zeros(1, device=device)
+        # A pool ends with its last graph: this one stays.
+        self._stays = self.side.recorded(number.clone, self.pool), number
 
     def shared_like(self, tensor: Tensor) -> Tensor:
         key = (tensor.shape, tensor.dtype)
@@ -123,8 +146,7 @@ class Inference:
         with torch.inference_mode(False), torch.no_grad():
             self.input = Input(x, memory.shared_like if copies else None)
             read = self.input.tensor(x)
-            with torch.cuda.stream(memory.side):
-                self.replay, y = recorded(lambda: block.forward(read), memory.pool, ERRORS)
+            self.replay, y = memory.side.recorded(lambda: block.forward(read), memory.pool)
             self._y: Output = tuple(map(_one, y)) if type(y) is tuple else _one(y)
 
     def launch(self, x: Tensor) -> None:
@@ -177,11 +199,10 @@ class Training:
             both = zip(parameters, self._added, strict=True)
             twins = [twin(p, p.requires_grad, adds) for p, adds in both]
             bare = Bare(block)
-            with torch.cuda.stream(memory.side):
-                # Its memory is its own: it has to stay as it is until backward.
-                self.replay, made = recorded(
-                    lambda: bare.with_parameters(names, twins, leaf), errors=ERRORS
-                )
+            # Its memory is its own: it has to stay as it is until backward.
+            self.replay, made = memory.side.recorded(
+                lambda: bare.with_parameters(names, twins, leaf)
+            )
         y = _one(made)
         self._y = y.detach()
         self._unrecorded: tuple[Tensor, list[Tensor]] | None = (y, [leaf, *twins])
@@ -252,11 +273,9 @@ class Training:
         with torch.inference_mode(False):
             self._dy = Input(dy, memory.shared_like if copies else None)
         read, inputs = self._dy.tensor(dy), [one for one in wanted if one.requires_grad]
-        with torch.inference_mode(False), torch.cuda.stream(memory.side):
-            self.replay_backward, grads = recorded(
-                lambda: torch.autograd.grad(y, inputs, read, allow_unused=True),
-                memory.pool,
-                ERRORS,
+        with torch.inference_mode(False):
+            self.replay_backward, grads = memory.side.recorded(
+                lambda: torch.autograd.grad(y, inputs, read, allow_unused=True), memory.pool
             )
         given = iter(grads)
         self._grads = [next(given) if one.requires_grad else None for one in wanted]

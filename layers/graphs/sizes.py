@@ -27,6 +27,8 @@ def _settings() -> tuple[object, ...]:
         torch.backends.cuda.matmul.fp32_precision,
         torch._C._get_cublas_allow_bf16_reduced_precision_reduction(),
         torch._C._get_cublas_allow_fp16_reduced_precision_reduction(),
+        torch._C._get_cublas_allow_fp16_accumulation(),
+        torch._C._get_blas_preferred_backend(),
     )
 
 

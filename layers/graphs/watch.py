@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from operator import is_
 from typing import Any, NamedTuple
 
@@ -33,8 +33,9 @@ class Watch:
     def __init__(self, parts: Parts, site: Site) -> None:
         self.modules = list(parts.block.modules())
         inside = self.modules[1:]
-        self._classes = [(module, type(module), type(module).forward) for module in self.modules]
+        self._kinds = [type(module) for module in self.modules]
         facts = [*_facts(vars(site), _OF_A_SITE), *_of_modules(self.modules)]
+        facts += [fact for kind in dict.fromkeys(self._kinds) for fact in _of_a_class(kind)]
         self._facts = [(held.get, name) for held, name, _ in facts]
         self._were = [value for _, _, value in facts]
         self._dicts = [held for module in self.modules for held in _dicts(module)]
@@ -63,7 +64,7 @@ class Watch:
         return (
             not all(map(is_, now, self._were))
             or any(held.get(name) is None for held, name in self._slots)
-            or any(type(m) is not kind or kind.forward is not was for m, kind, was in self._classes)
+            or list(map(type, self.modules)) != self._kinds
             or [len(held) for held in self._dicts] != self._lengths
         )
 
@@ -104,13 +105,21 @@ def _silent(matrix: Tensor) -> bool:
     return matrix.is_leaf and not (matrix._backward_hooks or matrix._post_accumulate_grad_hooks)
 
 
-Fact = tuple[dict[str, Any], str, Any]
+Fact = tuple[Mapping[str, Any], str, Any]
 _OF_A_SITE = ("dispatcher", "check", "function", "backend", "attachment", "add_to_grad")
-_OF_A_MODULE = ("forward", "_hf_hook")  # whether or not they are there yet
+_STATE = ("_parameters", "_buffers", "_modules")
+# Whether or not they are there yet.
+_OF_A_MODULE = ("forward", "_hf_hook", "_compiled_call_impl", *_STATE)
 
 
-def _facts(held: dict[str, Any], names: Sequence[str]) -> list[Fact]:
+def _facts(held: Mapping[str, Any], names: Iterable[str]) -> list[Fact]:
     return [(held, name, held.get(name)) for name in names]
+
+
+def _of_a_class(kind: type) -> list[Fact]:
+    """Its forward, and those below: a shell of ours lies on top, the stock class is what others
+    patch."""
+    return [fact for cls in kind.__mro__ for fact in _facts(vars(cls), ("forward",))]
 
 
 def _of_modules(modules: Sequence[nn.Module]) -> list[Fact]:
@@ -119,7 +128,9 @@ def _of_modules(modules: Sequence[nn.Module]) -> list[Fact]:
     for module in modules:
         held = vars(module)
         plain = [name for name in held if not name.startswith("_") and name != "training"]
-        facts += _facts(held, dict.fromkeys((*_OF_A_MODULE, *plain)))  # type: ignore[arg-type]
+        # Tensors are not kept: a block that holds one is never replayed.
+        plain = [name for name in plain if not isinstance(held[name], Tensor)]
+        facts += _facts(held, dict.fromkeys((*_OF_A_MODULE, *plain)))
         for tensors in (module._parameters, module._buffers):
             facts += _facts(tensors, [name for name, tensor in tensors.items() if tensor is None])
         facts += _facts(module._modules, list(module._modules))
@@ -132,7 +143,7 @@ def _slot(block: nn.Module, name: str) -> tuple[dict[str, Any], str]:
 
 
 def _dicts(module: nn.Module) -> tuple[dict[str, Any], ...]:
-    return module._parameters, module._buffers, module._modules
+    return vars(module), module._parameters, module._buffers, module._modules
 
 
 _GLOBAL_HOOKS = [
@@ -171,8 +182,13 @@ _IN_TRAINING = (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._NormBase)
 _KNOWN = ("moetk.", "transformers.", "torch.")
 
 
+def is_custom(parts: Parts, site: Site) -> bool:
+    """Whether its router is the user's."""
+    return site.function is not None or CUSTOM in parts.gate._modules
+
+
 def _reason(parts: Parts, site: Site, modules: Sequence[nn.Module]) -> str | None:
-    if site.function is not None or CUSTOM in parts.gate._modules:
+    if is_custom(parts, site):
         return f"{site.label} runs as Python"
     if site.carrier.keeps_previous:
         return "a router reads the routing of the layer before"
@@ -189,12 +205,21 @@ def _reason(parts: Parts, site: Site, modules: Sequence[nn.Module]) -> str | Non
     return None
 
 
+def _home(forward: Any) -> str:
+    """Where it was written, whatever functools.wraps says; torch's where there is none."""
+    lies_in = getattr(forward, "__globals__", {}).get("__name__")
+    return lies_in or getattr(forward, "__module__", None) or "torch"
+
+
 def _reason_of(module: nn.Module) -> str | None:
-    for cls in (*type(module).__mro__, type(module).forward):
-        if cls is not object and not f"{cls.__module__}.".startswith(_KNOWN):
-            return f"runs Python of {cls.__module__}"
+    for cls in type(module).__mro__[:-1]:
+        for home in (cls.__module__, _home(vars(cls).get("forward"))):
+            if not f"{home}.".startswith(_KNOWN):
+                return f"runs Python of {home}"
     if isinstance(module, _IN_TRAINING):
         return "does something else in training"
+    if vars(module).get("_compiled_call_impl") is not None:
+        return "is compiled"
     if "parametrizations" in module._modules:
         return "is parametrized"
     if "forward" in vars(module) or "_hf_hook" in vars(module):

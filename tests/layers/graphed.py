@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -66,3 +67,14 @@ def recorded(mine: Any, tokens: int = 6, grad: bool = True) -> None:
             with torch.no_grad():
                 mine(drawn(seed, tokens))
     assert Graph.replays == (4 if grad else 2)
+
+
+def set_(name: str, value: Any) -> Callable[[Any], None]:
+    """block.`name` = value; a callable is called with what is there."""
+
+    def change(block: Any) -> None:
+        path, _, last = name.rpartition(".")
+        owner = block.get_submodule(path)
+        setattr(owner, last, value(getattr(owner, last)) if callable(value) else value)
+
+    return change

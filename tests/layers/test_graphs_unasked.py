@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import inspect
+from types import MethodType
 from typing import Any
 
 import pytest
@@ -10,13 +12,17 @@ import torch
 from torch import Tensor
 
 from moetk import replace_moe
+from moetk.errors import ReplaceError
 from moetk.experts.backends import FUSED
+from moetk.layers.find import find_blocks
 from moetk.layers.graphs import GRAPHS
 from moetk.layers.graphs import block as graphs_block
 from moetk.layers.graphs.block import DECODED
-from tests.driver import Graph
+from moetk.layers.swap import is_extended
+from tests.driver import Graph, Side
 from tests.layers.graphed import block_of, drawn, pair, recorded, same, stepped
-from tests.tiny import tiny
+from tests.layers.parts import cosine
+from tests.tiny import FAMILIES, tiny
 
 pytestmark = pytest.mark.usefixtures("gpu")
 
@@ -66,42 +72,145 @@ def test_a_tuple_is_handed_out_as_one_and_is_python_in_training() -> None:
 
 
 @pytest.mark.parametrize(
-    "setting", ["fp32_precision", "allow_bf16_reduced_precision_reduction", "deterministic"]
+    "setting",
+    [
+        "fp32_precision",
+        "allow_bf16_reduced_precision_reduction",
+        "allow_fp16_reduced_precision_reduction",
+        "allow_fp16_accumulation",
+        "deterministic",
+        "library",
+    ],
 )
-def test_a_setting_of_the_process_is_that_of_the_recording(setting: str) -> None:
+def test_a_setting_of_the_process_is_that_of_the_recording(
+    setting: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     _, mine, _ = pair()
     recorded(mine, grad=False)
-    settings = torch.backends.cuda.matmul
-    before = settings.allow_bf16_reduced_precision_reduction
-    try:
-        if setting == "deterministic":
-            torch.use_deterministic_algorithms(True)
-        else:
-            setattr(settings, setting, "tf32" if setting == "fp32_precision" else not before)
-        with torch.no_grad():
-            mine(drawn(9))
-        assert Graph.replays == 2
-    finally:
-        torch.use_deterministic_algorithms(False)
-        settings.fp32_precision = "none"
-        settings.allow_bf16_reduced_precision_reduction = before
+    products: Any = torch.backends.cuda.matmul
+    was = getattr(products, setting, None)
     with torch.no_grad():
-        mine(drawn(9))
-    assert Graph.replays == 3
+        if setting == "deterministic":
+            monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+        elif setting == "library":
+            monkeypatch.setattr(torch._C, "_get_blas_preferred_backend", lambda: "another")
+        else:
+            setattr(products, setting, "tf32" if setting == "fp32_precision" else not was)
+        try:
+            mine(drawn(9))
+            assert Graph.replays == 2
+        finally:
+            monkeypatch.undo()
+            if was is not None:
+                setattr(products, setting, was)
 
 
-def test_a_forward_on_the_instance_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(graphs_block, "runs_on", lambda module: torch.device("cuda"))
+def test_a_forward_on_the_instance_is_left_alone() -> None:
     model = tiny("qwen3_moe").eval()
-    blocks = [layer.mlp for layer in model.model.layers]
-    for block in blocks:
-        block.forward = lambda x: 2 * x
+    block = block_of(model)
+    block.forward = lambda x: 2 * x
     replacement = replace_moe(model)
     with torch.no_grad():
-        assert torch.equal(blocks[0](drawn(0)), 2 * drawn(0))
-    assert "has a forward of its own" in replacement.explain()
+        assert torch.equal(block(drawn(0)), 2 * drawn(0))
+    assert not is_extended(block) and GRAPHS not in vars(block)
     replacement.restore()
-    assert "forward" in vars(blocks[0]) and GRAPHS not in vars(blocks[0])
+    with pytest.raises(ReplaceError, match="has a forward of its own"):
+        replace_moe(model, graphs=64)
+    assert "forward" in vars(block)
+
+
+def test_so_is_one_below_a_hook_of_accelerates() -> None:
+    hooks = pytest.importorskip("accelerate.hooks")
+    model = tiny("qwen3_moe").eval()
+    block = block_of(model)
+    block.forward = MethodType(lambda self, x: 2 * x, block)
+    hooks.add_hook_to_module(block, hooks.ModelHook())
+    replacement = replace_moe(model)
+    with torch.no_grad():
+        assert torch.equal(block(drawn(0)), 2 * drawn(0))
+        replacement.restore()
+        hooks.remove_hook_from_module(block)
+        assert torch.equal(block(drawn(0)), 2 * drawn(0))
+
+
+@pytest.mark.parametrize("then", ["restored", "replaced again", "installed again"])
+def test_a_forward_that_was_kept_outlives_the_replacement(then: str) -> None:
+    model = tiny("qwen3_moe").eval()
+    block, x = block_of(model), drawn(0)
+    replacement = replace_moe(model)
+    with torch.no_grad():
+        want, kept = 2 * block(x), block.forward
+        block.forward = lambda x: 2 * kept(x)
+        if then == "replaced again":
+            replace_moe(model)
+        else:
+            replacement.restore()
+        if then == "installed again":
+            replacement.install()
+        torch.testing.assert_close(block(x), want)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_a_block_takes_can_be_read_off_it(family: str) -> None:
+    model = tiny(family)
+    block = next(iter(find_blocks(model))).block
+    want = inspect.signature(block.forward)
+    replace_moe(model, graphs=64)
+    assert is_extended(block) and inspect.signature(block.forward) == want
+
+
+def test_a_block_is_exported_by_the_names_of_its_inputs_and_traced() -> None:
+    model = tiny("qwen3_moe").eval()
+    replace_moe(model)
+    block, sizes = block_of(model), {1: torch.export.Dim("tokens", min=2, max=4096)}
+    exported = torch.export.export(
+        block, (drawn(0),), dynamic_shapes={"hidden_states": sizes}, strict=False
+    )
+    assert list(exported.graph_signature.user_inputs) == ["hidden_states"]
+
+    class Tracer(torch.fx.Tracer):
+        def is_leaf_module(self, module: Any, name: str) -> bool:
+            return module is not block
+
+    assert next(iter(Tracer().trace(block).nodes)).name == "hidden_states"
+
+
+def test_unasked_only_where_fused_could_run() -> None:
+    for changes in ({"backend": "stock"}, {"backend": "grouped"}, {"router": cosine}):
+        model = tiny("qwen3_moe")
+        replace_moe(model, **changes)
+        assert GRAPHS not in vars(block_of(model))
+
+
+def test_a_device_without_fused_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, mine, _ = pair(tokens=None)
+    with torch.no_grad():
+        for seed in range(3):
+            mine(drawn(seed))
+        monkeypatch.setattr(graphs_block, "key_of", None)
+        mine(drawn(3))
+
+
+def test_recordings_have_an_end(fused: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graphs_block, "RECORDINGS", 5)
+    monkeypatch.setattr(graphs_block, "SIZES", 2)
+    plain, mine, replacement = pair(tokens=None)
+    with torch.no_grad():
+        for seed in range(60):
+            for tokens in (1 + seed % 7, 1 + seed % 5):
+                x = drawn(seed, tokens)
+                assert torch.equal(mine(x), plain(x))
+    assert vars(mine)[GRAPHS]._recordings == 5
+    assert "its block has been recorded 5 times" in replacement.explain()
+
+
+def test_models_share_what_they_are_recorded_on(gpu: Any) -> None:
+    """cuBLAS keeps memory for each stream that it was called on."""
+    before = Side.made
+    for _ in range(2):
+        recorded(pair()[1], grad=False)
+        Graph.replays = 0
+    assert Side.made == before + 1
 
 
 def test_a_copy_keeps_a_class_that_lies_on_top() -> None:

@@ -77,7 +77,7 @@ def replace_moe(
         (hooks, a router of one's own, losses in training, ...) and, in training, the experts'
         gradients are added to (add_to_grad, and they are there) or not wanted. Each size keeps what
         its backward needs. None = calls of at most 64 tokens without gradients, as in decoding, by
-        backend "fused"; 0 = none. `explain` says what is replayed.
+        backend "fused", and 32 recordings a block; 0 = none. `explain` says what is replayed.
 
     Replacing a second time starts from the stock model again. Nothing changes when it raises:
     UnsupportedModelError for a mixture-of-experts model without a row in moetk.layers.families,

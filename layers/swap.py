@@ -8,7 +8,8 @@ equal layers share compiled code, and rebuilt by name on unpickling.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
@@ -51,8 +52,8 @@ def extend(module: nn.Module, *mixins: type) -> None:
     cls = _extended(original, mixins)
     _drop_left_forward(module)
     _check_instance_forward(module)
-    module.__class__ = cls
-    _repoint(module)
+    with _repointed(module):
+        module.__class__ = cls
 
 
 def withdraw(module: nn.Module) -> bool:
@@ -61,8 +62,8 @@ def withdraw(module: nn.Module) -> bool:
     if original is None:
         return False
     _drop_left_forward(module)
-    module.__class__ = original
-    _repoint(module)
+    with _repointed(module):
+        module.__class__ = original
     return True
 
 
@@ -87,8 +88,8 @@ def _drop_left_forward(module: nn.Module) -> None:
 
 
 def _check_instance_forward(module: nn.Module) -> None:
-    on_top = vars(module).get("_old_forward" if "_old_forward" in vars(module) else "forward")
-    if on_top is not None and getattr(on_top, "__func__", None) is not type(module).forward:
+    own = "_old_forward" if "_old_forward" in vars(module) else "forward"
+    if own in vars(module) and not _is_a_class(vars(module)[own], module):
         raise ReplaceError(
             f"{type(module).__name__} has a forward of its own on the instance (expert parallelism "
             "of transformers, or a patch): a new class would never be called. Replace before it is "
@@ -96,7 +97,22 @@ def _check_instance_forward(module: nn.Module) -> None:
         )
 
 
-def _repoint(module: nn.Module) -> None:
-    if "_old_forward" in vars(module):
+def _is_a_class(forward: Any, module: nn.Module) -> bool:
+    """Whether it is that of the module's class, or was before somebody patched the class."""
+    function: Any = getattr(forward, "__func__", None)
+    if function is type(module).forward:
+        return True
+    # By where it was written: functools.wraps puts another's name on a user's.
+    home: str = getattr(function, "__globals__", {}).get("__name__", "")
+    return home.startswith("transformers.") and bool(function.__name__ == "forward")
+
+
+@contextmanager
+def _repointed(module: nn.Module) -> Iterator[None]:
+    """What accelerate's hook calls is the forward of the new class, where it was the old one's."""
+    old_forward = vars(module).get("_old_forward")
+    follows = old_forward is not None and _is_a_class(old_forward, module)
+    yield
+    if follows:
         bound: Callable[..., Any] = type(module).forward.__get__(module)
         vars(module)["_old_forward"] = bound

@@ -9,7 +9,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 from collections.abc import Callable, Iterator
-from functools import cache, wraps
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +77,6 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> Any:
 @pytest.fixture
 def gpu(driver: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     """A driver, and what a block that may be replayed asks the GPU. streams: the current one."""
-    from moetk.layers.graphs import captured
     from tests.driver import Graph
 
     for room in ("block", "captured"):
@@ -96,5 +95,4 @@ def gpu(driver: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     )
     monkeypatch.setattr(driver, "streams", streams, raising=False)
     monkeypatch.setattr(Graph, "replays", 0)
-    monkeypatch.setattr(captured, "side", cache(captured.Side))
     return driver

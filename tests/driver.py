@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,6 +22,7 @@ class Graph(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.operators: list[tuple[Any, Any, Any, Any]] = []
+        self.alive: Callable[[], bool] = lambda: True  # the memory that its products work in
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -31,6 +32,7 @@ class Graph(TorchDispatchMode):
     @torch.no_grad()
     def replay(self) -> None:
         Graph.replays += 1
+        assert self.alive(), "a product works in memory that is gone"
         for func, args, kwargs, out in self.operators:
             again = tree_leaves(func(*args, **kwargs))
             for kept, new in zip(tree_leaves(out), again, strict=True):
@@ -40,17 +42,19 @@ class Graph(TorchDispatchMode):
 
 
 class Side:
-    made = 0
-
-    def __init__(self) -> None:
-        Side.made += 1
-
     def wait_stream(self, other: object) -> None:
         assert other == "default"
 
 
+_PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "_grouped_mm"}
+
+
 class Driver:
-    """The part of torch.cuda that a capture uses, and the state that it leaves behind."""
+    """The part of torch.cuda that a capture uses, and the state that it leaves behind.
+
+    cuBLAS works in memory that it takes at its first call on a stream, of the pool that is recorded
+    with, and newer torch has it give that back when a graph of the stream ends.
+    """
 
     def __init__(self) -> None:
         self.stream: object = "default"
@@ -60,6 +64,7 @@ class Driver:
         self.generator_waits = False
         self.broken = False
         self.blas = False  # made at its first product, which cannot be recorded
+        self.workspaces: dict[object, object] = {}  # the pool, of each stream
 
     def current_stream(self) -> Any:
         return self.stream
@@ -92,6 +97,13 @@ class Driver:
         self.graphs.setdefault(pool, weakref.WeakSet()).add(graph)
         return Capture(self, graph, pool)
 
+    def workspace(self, graph: Graph, pool: object) -> None:
+        """What a graph that was recorded computes its products in."""
+        if any(func.__name__.split(".")[0] in _PRODUCTS for func, *_ in graph.operators):
+            graphs = self.graphs[self.workspaces.setdefault(self.stream, pool)]
+            graph.alive = lambda: len(graphs) > 0
+        weakref.finalize(graph, self.workspaces.pop, self.stream, None)
+
     def end(self, device: int, pool: object) -> None:
         if pool not in self.recording:
             raise RuntimeError("not currently recording to mempool_id")
@@ -119,6 +131,7 @@ class Capture:
             raise RuntimeError("operation failed due to a previous error during capture")
         self.driver.recording.remove(self.pool)
         self.driver.generator_waits = False
+        self.driver.workspace(self.graph, self.pool)
 
 
 def installed(monkeypatch: pytest.MonkeyPatch) -> Driver:

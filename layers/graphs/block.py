@@ -7,9 +7,8 @@ without; it must not do what that Python would not have done.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from functools import partial, update_wrapper
-from types import FunctionType
 from typing import Any
 
 import torch
@@ -42,21 +41,20 @@ GRAPHS = "_moetk_graphs"
 DECODED = 64  # tokens of a call without gradients that is replayed where nobody said otherwise
 WARM_UP = 2  # calls of a size before it is recorded: by then its kernels are compiled
 SIZES = 8  # recorded at once for each block
-RECORDINGS = 32  # of each block, in all
+RECORDINGS = 32  # of each block, in all, where nobody asked for them
 _SEEN = 64  # sizes that are counted at once
 
 
 def put_in(blocks: Sequence[tuple[Parts, Site]], tokens: int | None) -> None:
     """Let calls of these blocks of one model be replayed. tokens: as in `Graphs`. Unasked only
-    where `fused` could run, and no Python of the user's would be in the way. Raises ReplaceError
-    where it was asked for and another library holds a block's forward."""
+    where `fused` could run, and no Python of the user's would be in the way."""
     memories = Memories()
     for parts, site in blocks:
         if tokens is None and (site.backend not in ("auto", "fused") or is_custom(parts, site)):
             continue
-        with nullcontext() if tokens else suppress(ReplaceError):
+        with suppress(ReplaceError):  # a forward on the instance, of which `explain` tells
             extend(parts.block, BlockShell)
-            vars(parts.block)[GRAPHS] = Graphs(parts, site, memories, tokens)
+        vars(parts.block)[GRAPHS] = Graphs(parts, site, memories, tokens)
 
 
 def take_out(block: nn.Module) -> None:
@@ -71,24 +69,26 @@ class BlockShell:
         super().__init_subclass__()
         original = vars(cls).get("_moetk_original")
         if original is not None:  # and not a class that another library puts on top
-            cls.forward = _signed_as(original.forward, BlockShell.forward)  # type: ignore[method-assign]
+            cls.forward = _in_front_of(original.forward)  # type: ignore[attr-defined]
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+
+def _in_front_of(stock: Any) -> Any:
+    """Of this forward's signature, from which callers read what to pass."""
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         if not isinstance(self, BlockShell):  # who kept this method, and called it after `restore`
-            return type(self).forward(self, *args, **kwargs)
+            return stock(self, *args, **kwargs)
         graphs: Graphs | None = self.__dict__.get(GRAPHS)
-        plain = super().forward  # type: ignore[misc]
+        plain = super(BlockShell, self).forward  # type: ignore[misc]
         if graphs is None or kwargs or len(args) != 1 or not isinstance(args[0], Tensor):
             return plain(*args, **kwargs)
         if not direct(args[0]) or not graphs.of(self):
             return plain(args[0])
         return graphs(args[0], plain)
 
-
-def _signed_as(theirs: Any, ours: Any) -> Any:
-    """A copy of our forward with the signature of theirs, from which callers read what to pass."""
-    parts = ours.__code__, ours.__globals__, ours.__name__, ours.__defaults__, ours.__closure__
-    return update_wrapper(FunctionType(*parts), theirs, updated=())
+    # One of its own for each class: torch.compile counts what it compiled by it.
+    forward.__code__ = forward.__code__.replace()
+    return update_wrapper(forward, stock, updated=())
 
 
 class Graphs:
@@ -307,7 +307,7 @@ class Graphs:
         return size
 
     def _record(self, size: Size, key: tuple[Any, ...], x: Tensor, watch: Watch) -> None:
-        if self._recordings >= RECORDINGS:
+        if self.tokens is None and self._recordings >= RECORDINGS:
             size.reason = f"its block has been recorded {RECORDINGS} times"
             return
         recorded = [one for one in self._sizes.values() if one.graph is not None]

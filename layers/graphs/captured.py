@@ -10,7 +10,6 @@ still needs what its forward kept, is not replayed.
 
 from __future__ import annotations
 
-import functools
 import threading
 import weakref
 from collections.abc import Callable, Sequence
@@ -30,42 +29,31 @@ from moetk.kernels.fused_mlp import addable
 ERRORS = "thread_local"
 
 
-class Side:
-    """The stream that is recorded on: one of a device, for one recording at a time.
-
-    cuBLAS takes memory at its first call on a stream (32 MiB on Hopper), which it gives back when
-    it is told to: let it be that of a pool that stays as long as the process. (It is itself made at
-    its first call of all, which cannot be recorded.)
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self._stream, self._lock = torch.cuda.Stream(), threading.RLock()
-        square = torch.zeros(16, 16, device=device)
-        torch.mm(square, square)
-        self._stays = self.recorded(lambda: torch.mm(square, square)), square
-
-    def recorded(
-        self, call: Callable[[], Value], pool: Pool = None
-    ) -> tuple[Callable[[], None], Value]:
-        with self._lock, torch.cuda.stream(self._stream):
-            return recorded(call, pool, ERRORS)
-
-
-@functools.cache
-def side(device: torch.device) -> Side:
-    return Side(device)
-
-
 class Memory:
     """What graphs have in common that run one after the other, on one stream: what they compute
     with, and where tensors are put that they read and do not keep."""
 
     def __init__(self, device: torch.device) -> None:
-        self.side, self.pool = side(device), torch.cuda.graph_pool_handle()
+        self._side, self.pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
         self._shared: dict[tuple[torch.Size, torch.dtype], Tensor] = {}
-        number = torch.zeros(1, device=device)
-        # A pool ends with its last graph: this one stays.
-        self._stays = self.side.recorded(number.clone, self.pool), number
+        self._square = torch.zeros(16, 16, device=device)
+        torch.mm(self._square, self._square)  # makes cuBLAS, which cannot be recorded
+        self._stays: list[object] = []
+        self.keep_for_cublas()
+
+    def keep_for_cublas(self) -> None:
+        """cuBLAS computes in memory that it takes at its first call on a stream, and again when it
+        was made to give that back: by who asks for it, in newer torch by a graph that ends. Let it
+        be this pool's, which stays, as a pool ends with its last graph: every graph of this stream
+        is recorded with it."""
+        square = self._square
+        self._stays.append(self.recorded(lambda: torch.mm(square, square), self.pool))
+
+    def recorded(
+        self, call: Callable[[], Value], pool: Pool = None
+    ) -> tuple[Callable[[], None], Value]:
+        with torch.cuda.stream(self._side):
+            return recorded(call, pool, ERRORS)
 
     def shared_like(self, tensor: Tensor) -> Tensor:
         key = (tensor.shape, tensor.dtype)
@@ -146,7 +134,7 @@ class Inference:
         with torch.inference_mode(False), torch.no_grad():
             self.input = Input(x, memory.shared_like if copies else None)
             read = self.input.tensor(x)
-            self.replay, y = memory.side.recorded(lambda: block.forward(read), memory.pool)
+            self.replay, y = memory.recorded(lambda: block.forward(read), memory.pool)
             self._y: Output = tuple(map(_one, y)) if type(y) is tuple else _one(y)
 
     def launch(self, x: Tensor) -> None:
@@ -199,10 +187,9 @@ class Training:
             both = zip(parameters, self._added, strict=True)
             twins = [twin(p, p.requires_grad, adds) for p, adds in both]
             bare = Bare(block)
+            memory.keep_for_cublas()
             # Its memory is its own: it has to stay as it is until backward.
-            self.replay, made = memory.side.recorded(
-                lambda: bare.with_parameters(names, twins, leaf)
-            )
+            self.replay, made = memory.recorded(lambda: bare.with_parameters(names, twins, leaf))
         y = _one(made)
         self._y = y.detach()
         self._unrecorded: tuple[Tensor, list[Tensor]] | None = (y, [leaf, *twins])
@@ -274,7 +261,7 @@ class Training:
             self._dy = Input(dy, memory.shared_like if copies else None)
         read, inputs = self._dy.tensor(dy), [one for one in wanted if one.requires_grad]
         with torch.inference_mode(False):
-            self.replay_backward, grads = memory.side.recorded(
+            self.replay_backward, grads = memory.recorded(
                 lambda: torch.autograd.grad(y, inputs, read, allow_unused=True), memory.pool
             )
         given = iter(grads)

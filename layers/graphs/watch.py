@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from operator import is_
 from typing import Any, NamedTuple
 
@@ -109,7 +109,7 @@ Fact = tuple[Mapping[str, Any], str, Any]
 _OF_A_SITE = ("dispatcher", "check", "function", "backend", "attachment", "add_to_grad")
 _STATE = ("_parameters", "_buffers", "_modules")
 # Whether or not they are there yet.
-_OF_A_MODULE = ("forward", "_hf_hook", "_compiled_call_impl", *_STATE)
+_OF_A_MODULE = ("forward", "_hf_hook", *_STATE)
 
 
 def _facts(held: Mapping[str, Any], names: Iterable[str]) -> list[Fact]:
@@ -205,15 +205,17 @@ def _reason(parts: Parts, site: Site, modules: Sequence[nn.Module]) -> str | Non
     return None
 
 
-def _home(forward: Any) -> str:
-    """Where it was written, whatever functools.wraps says; torch's where there is none."""
-    lies_in = getattr(forward, "__globals__", {}).get("__name__")
-    return lies_in or getattr(forward, "__module__", None) or "torch"
+def _homes(forward: Any) -> Iterator[str]:
+    """Where it was written, and what it wraps: a wrapper says that it was written elsewhere."""
+    while forward is not None:
+        yield getattr(forward, "__globals__", {}).get("__name__") or type(forward).__module__
+        yield getattr(forward, "__module__", None) or type(forward).__module__
+        forward = getattr(forward, "__wrapped__", None)
 
 
 def _reason_of(module: nn.Module) -> str | None:
     for cls in type(module).__mro__[:-1]:
-        for home in (cls.__module__, _home(vars(cls).get("forward"))):
+        for home in (cls.__module__, *_homes(vars(cls).get("forward"))):
             if not f"{home}.".startswith(_KNOWN):
                 return f"runs Python of {home}"
     if isinstance(module, _IN_TRAINING):

@@ -3,6 +3,7 @@ Python refuses it."""
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -226,3 +227,21 @@ def test_a_forward_that_is_dropped_before_its_backward_was_recorded_holds_nothin
         call = drawn(seed), drawn(seed + 50)
         assert same(stepped(mine, *call), stepped(plain, *call))
     assert Graph.replays > 3
+
+
+def test_a_recording_that_ends_takes_no_memory_from_the_others() -> None:
+    """cuBLAS's, which the first product of a stream takes, and a graph that ends has it give back:
+    a forward's own pool must not be where the others find it."""
+    model = tiny("qwen3_moe").eval()
+    model.requires_grad_(False)
+    replace_moe(model, graphs=64)
+    first, second = (layer.mlp for layer in model.model.layers)
+    for block in (first, second):
+        for seed in range(5):  # recorded twice: the first recording, of an x in one place, ends
+            stepped(block, drawn(seed), drawn(seed + 50))
+    vars(first)[GRAPHS]._sizes.clear()
+    vars(first)[GRAPHS]._last = None
+    gc.collect()
+    before = Graph.replays
+    stepped(second, drawn(9), drawn(59))
+    assert Graph.replays == before + 2

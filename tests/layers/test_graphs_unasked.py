@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import inspect
+import weakref
 from types import MethodType
 from typing import Any
 
@@ -12,15 +14,14 @@ import torch
 from torch import Tensor
 
 from moetk import replace_moe
-from moetk.errors import ReplaceError
 from moetk.experts.backends import FUSED
 from moetk.layers.find import find_blocks
 from moetk.layers.graphs import GRAPHS
 from moetk.layers.graphs import block as graphs_block
 from moetk.layers.graphs.block import DECODED
 from moetk.layers.swap import is_extended
-from tests.driver import Graph, Side
-from tests.layers.graphed import block_of, drawn, pair, recorded, same, stepped
+from tests.driver import Graph
+from tests.layers.graphed import ALIVE, block_of, drawn, pair, recorded, same, stepped
 from tests.layers.parts import cosine
 from tests.tiny import FAMILIES, tiny
 
@@ -105,32 +106,52 @@ def test_a_setting_of_the_process_is_that_of_the_recording(
                 setattr(products, setting, was)
 
 
-def test_a_forward_on_the_instance_is_left_alone() -> None:
+def test_a_forward_on_the_instance_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny("qwen3_moe").eval()
     block = block_of(model)
     block.forward = lambda x: 2 * x
     replacement = replace_moe(model)
     with torch.no_grad():
         assert torch.equal(block(drawn(0)), 2 * drawn(0))
-    assert not is_extended(block) and GRAPHS not in vars(block)
+    assert not is_extended(block)
     replacement.restore()
-    with pytest.raises(ReplaceError, match="has a forward of its own"):
-        replace_moe(model, graphs=64)
-    assert "forward" in vars(block)
+    assert "forward" in vars(block) and GRAPHS not in vars(block)
+    monkeypatch.setattr(graphs_block, "runs_on", lambda module: torch.device("cuda"))
+    assert "has a forward of its own" in replace_moe(model, graphs=64).explain()
 
 
-def test_so_is_one_below_a_hook_of_accelerates() -> None:
+@pytest.mark.parametrize("hooked", ["before", "after"])
+def test_so_is_one_below_a_hook_of_accelerates(hooked: str) -> None:
     hooks = pytest.importorskip("accelerate.hooks")
     model = tiny("qwen3_moe").eval()
     block = block_of(model)
+    replacement = replace_moe(model) if hooked == "after" else None
     block.forward = MethodType(lambda self, x: 2 * x, block)
     hooks.add_hook_to_module(block, hooks.ModelHook())
-    replacement = replace_moe(model)
     with torch.no_grad():
+        replacement = replacement or replace_moe(model)
+        assert torch.equal(block(drawn(0)), 2 * drawn(0))
+        replace_moe(model)
         assert torch.equal(block(drawn(0)), 2 * drawn(0))
         replacement.restore()
         hooks.remove_hook_from_module(block)
         assert torch.equal(block(drawn(0)), 2 * drawn(0))
+
+
+@pytest.mark.parametrize("part", ["mlp.gate", "mlp.experts", "mlp", ""])
+def test_a_class_that_was_patched_below_a_hook_is_replaced(
+    part: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hooks = pytest.importorskip("accelerate.hooks")
+    model = tiny("qwen3_moe").eval()
+    module: Any = model.model.layers[-1].get_submodule(part)
+    hooks.add_hook_to_module(module, hooks.ModelHook())
+    cls, was = type(module), type(module).forward
+    monkeypatch.setattr(cls, "forward", lambda *args, **kwargs: was(*args, **kwargs))
+    replacement = replace_moe(model)
+    assert is_extended(module) and vars(module)["_old_forward"].__func__ is type(module).forward
+    replacement.restore()
+    assert vars(module)["_old_forward"].__func__ is cls.forward
 
 
 @pytest.mark.parametrize("then", ["restored", "replaced again", "installed again"])
@@ -204,13 +225,29 @@ def test_recordings_have_an_end(fused: None, monkeypatch: pytest.MonkeyPatch) ->
     assert "its block has been recorded 5 times" in replacement.explain()
 
 
-def test_models_share_what_they_are_recorded_on(gpu: Any) -> None:
-    """cuBLAS keeps memory for each stream that it was called on."""
-    before = Side.made
-    for _ in range(2):
-        recorded(pair()[1], grad=False)
-        Graph.replays = 0
-    assert Side.made == before + 1
+def test_who_asked_for_them_has_as_many_recordings_as_it_takes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(graphs_block, "RECORDINGS", 1)
+    _, mine, _ = pair()
+    with torch.no_grad():
+        for tokens in (3, 5, 7):
+            for seed in range(3):
+                mine(drawn(seed, tokens))
+    assert Graph.replays == 3
+
+
+def test_a_tensor_on_a_module_is_not_kept() -> None:
+    _, mine, replacement = pair()
+    mine.seen = drawn(0)
+    kept = weakref.ref(mine.seen)
+    ALIVE.clear()
+    with torch.no_grad():
+        mine(drawn(1))
+    assert "a tensor as a plain attribute" in replacement.explain()
+    del mine.seen
+    gc.collect()
+    assert kept() is None
 
 
 def test_a_copy_keeps_a_class_that_lies_on_top() -> None:

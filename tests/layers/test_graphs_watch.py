@@ -95,15 +95,30 @@ def test_a_change_is_noticed(name: str) -> None:
             assert torch.equal(mine(drawn(seed)), plain(drawn(seed)))
 
 
+def test_a_part_that_is_compiled_is_called() -> None:
+    _, mine, replacement = pair("deepseek_v3")
+    calls: list[Any] = []
+    mine.shared_experts.compile(
+        backend=lambda module, _: lambda *args: (calls.append(args), module(*args))[1]
+    )
+    torch.compiler.reset()
+    with torch.no_grad():
+        for seed in range(5):
+            mine(drawn(seed))
+    assert len(calls) == 5 and Graph.replays == 0 and "is compiled" in replacement.explain()
+
+
+@pytest.mark.parametrize("decorated", [lambda forward: forward, torch.no_grad()])
 @pytest.mark.parametrize("part", ["shared_experts", ""])
 def test_a_class_that_is_patched_under_the_block(
-    part: str, monkeypatch: pytest.MonkeyPatch
+    part: str, decorated: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plain, mine, replacement = pair("deepseek_v3")
     settled(mine)
     cls: Any = own_class(plain.get_submodule(part))
     was = cls.forward
 
+    @decorated
     @functools.wraps(was)  # says that it was written where `was` was
     def forward(self: Any, x: Tensor) -> Any:
         return 2 * was(self, x)

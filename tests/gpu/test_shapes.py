@@ -25,8 +25,7 @@ from tests.gpu.calls import BF16, Call, on_kernels
 from tests.gpu.device import DEVICE, KERNELS, normal
 from tests.gpu.judged import assert_bitwise, assert_passes
 
-# Up to 37 GiB each: with --dist loadgroup one after the other.
-pytestmark = pytest.mark.xdist_group("memory")
+pytestmark = pytest.mark.large
 AT_ONCE = 4  # experts of one part: Mixtral's are 1.4 GiB each in fp64
 TOKENS = 16_384 if KERNELS else 64
 SHAPES = {

@@ -195,7 +195,7 @@ def test_norm_and_rotation(shape, kind, shared):
 # The loss.
 
 
-@pytest.mark.xdist_group("memory")  # with the sizes of test_shapes
+@pytest.mark.large
 @pytest.mark.parametrize("rows", ["all", "labelled"])
 @pytest.mark.parametrize("accumulate", [torch.float32, BF16], ids=["fp32", "bf16"])
 def test_loss_of_a_real_vocabulary(rows, accumulate):

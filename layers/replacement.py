@@ -22,7 +22,7 @@ from moetk.layers.factory import (
 from moetk.layers.find import (
     Found,
 )
-from moetk.layers.graphs import Parts, put_in, take_out
+from moetk.layers.graphs import UNASKED, Parts, asked, put_in, take_out
 from moetk.layers.saving import SavingShell, mark
 from moetk.layers.shells import (
     BOUND,
@@ -102,7 +102,8 @@ class Replacement:
                 _install(found, site, made)
             if self._graphs != 0:
                 parts = [Parts(one.block, one.gate, one.experts) for one in self._found]
-                put_in(list(zip(parts, self.sites, strict=True)), self._graphs)
+                calls = UNASKED if self._graphs is None else asked(self._graphs)
+                put_in(list(zip(parts, self.sites, strict=True)), calls)
             if self.sites:
                 _hook(self, self.model)
                 vars(self.model)[REPLACEMENT] = self

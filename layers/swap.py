@@ -89,7 +89,7 @@ def _drop_left_forward(module: nn.Module) -> None:
 
 def _check_instance_forward(module: nn.Module) -> None:
     own = "_old_forward" if "_old_forward" in vars(module) else "forward"
-    if own in vars(module) and not _is_a_class(vars(module)[own], module):
+    if own in vars(module) and not _is_class_forward(vars(module)[own], module):
         raise ReplaceError(
             f"{type(module).__name__} has a forward of its own on the instance (expert parallelism "
             "of transformers, or a patch): a new class would never be called. Replace before it is "
@@ -97,7 +97,7 @@ def _check_instance_forward(module: nn.Module) -> None:
         )
 
 
-def _is_a_class(forward: Any, module: nn.Module) -> bool:
+def _is_class_forward(forward: Any, module: nn.Module) -> bool:
     """Whether it is that of the module's class, or was before somebody patched the class."""
     function: Any = getattr(forward, "__func__", None)
     if function is type(module).forward:
@@ -111,7 +111,7 @@ def _is_a_class(forward: Any, module: nn.Module) -> bool:
 def _repointed(module: nn.Module) -> Iterator[None]:
     """What accelerate's hook calls is the forward of the new class, where it was the old one's."""
     old_forward = vars(module).get("_old_forward")
-    follows = old_forward is not None and _is_a_class(old_forward, module)
+    follows = old_forward is not None and _is_class_forward(old_forward, module)
     yield
     if follows:
         bound: Callable[..., Any] = type(module).forward.__get__(module)

@@ -1,6 +1,6 @@
 """Blocks of few tokens, replayed from CUDA graphs: `replace_moe(model, graphs=...)`."""
 
-from moetk.layers.graphs.block import GRAPHS, Graphs, put_in, take_out
+from moetk.layers.graphs.block import GRAPHS, UNASKED, Graphs, asked, put_in, take_out
 from moetk.layers.graphs.watch import Parts
 
-__all__ = ["GRAPHS", "Graphs", "Parts", "put_in", "take_out"]
+__all__ = ["GRAPHS", "UNASKED", "Graphs", "Parts", "asked", "put_in", "take_out"]

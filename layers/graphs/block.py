@@ -6,10 +6,11 @@ without; it must not do what that Python would not have done.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial, update_wrapper
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -38,23 +39,43 @@ from moetk.layers.shells import BOUND, Site, recomputing
 from moetk.layers.swap import extend, withdraw
 
 GRAPHS = "_moetk_graphs"
-DECODED = 64  # tokens of a call without gradients that is replayed where nobody said otherwise
 WARM_UP = 2  # calls of a size before it is recorded: by then its kernels are compiled
 SIZES = 8  # recorded at once for each block
-RECORDINGS = 32  # of each block, in all, where nobody asked for them
 _SEEN = 64  # sizes that are counted at once
 
 
-def put_in(blocks: Sequence[tuple[Parts, Site]], tokens: int | None) -> None:
-    """Let calls of these blocks of one model be replayed. tokens: as in `Graphs`. Unasked only
-    where `fused` could run, and no Python of the user's would be in the way."""
+class Calls(NamedTuple):
+    """Which calls are replayed: of at most so many tokens, with gradients too or without alone, by
+    these backends. recordings: of a block, in all."""
+
+    tokens: int
+    gradients: bool
+    backends: tuple[str, ...]
+    recordings: float
+
+    def __str__(self) -> str:
+        return f"up to {self.tokens} tokens{'' if self.gradients else ' without gradients'}"
+
+
+# What decoding calls, by the backend of which it is known that it can be recorded.
+UNASKED = Calls(64, False, ("fused",), 32)
+
+
+def asked(tokens: int) -> Calls:
+    """Transformer Engine copies the number of rows to the host; the others are tried."""
+    return Calls(tokens, True, ("reference", "grouped", "fused"), math.inf)
+
+
+def put_in(blocks: Sequence[tuple[Parts, Site]], calls: Calls) -> None:
+    """Let these calls of these blocks of one model be replayed. Unasked only where `fused` could
+    run, and no Python of the user's would be in the way."""
     memories = Memories()
     for parts, site in blocks:
-        if tokens is None and (site.backend not in ("auto", "fused") or is_custom(parts, site)):
+        if calls == UNASKED and (site.backend not in ("auto", "fused") or is_custom(parts, site)):
             continue
         with suppress(ReplaceError):  # a forward on the instance, of which `explain` tells
             extend(parts.block, BlockShell)
-        vars(parts.block)[GRAPHS] = Graphs(parts, site, memories, tokens)
+        vars(parts.block)[GRAPHS] = Graphs(parts, site, memories, calls)
 
 
 def take_out(block: nn.Module) -> None:
@@ -94,16 +115,15 @@ def _in_front_of(stock: Any) -> Any:
 class Graphs:
     """Of one block: the sizes that were recorded, and what they were recorded with.
 
-    tokens: calls of more are left to Python, as is every call in which something else may have a
-    part: a hook or a class of the user's within the block, a router of his own, losses and
-    controllers in training, a recording or a replay of routings, activation checkpointing,
-    autocast, a mode of torch's, torch.compile, an outer capture, another thread's call at the same
-    time. (Two threads that train one block at once are not provided for.) None = what decoding
-    calls: DECODED, without gradients, and by `fused`, of which it is known that it can be recorded.
+    calls: others are left to Python, as is every call in which something else may have a part: a
+    hook or a class of the user's within the block, a router of his own, losses and controllers in
+    training, a recording or a replay of routings, activation checkpointing, autocast, a mode of
+    torch's, torch.compile, an outer capture, another thread's call at the same time. (Two threads
+    that train one block at once are not provided for.)
     """
 
-    def __init__(self, parts: Parts, site: Site, memories: Memories, tokens: int | None) -> None:
-        self.parts, self.site, self.memories, self.tokens = parts, site, memories, tokens
+    def __init__(self, parts: Parts, site: Site, memories: Memories, calls: Calls) -> None:
+        self.parts, self.site, self.memories, self.calls = parts, site, memories, calls
         self._watch: Watch | None = None
         self._sizes: dict[Any, Size] = {}
         self._last: Last | None = None
@@ -113,7 +133,7 @@ class Graphs:
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A copy of the model records its own; this may run before the block itself is copied.
-        return Graphs, (self.parts, self.site, self.memories, self.tokens)
+        return Graphs, (self.parts, self.site, self.memories, self.calls)
 
     def of(self, block: object) -> bool:
         """Whether they are this block's, and not those that a shallow copy came with."""
@@ -124,7 +144,7 @@ class Graphs:
         if not self._few(x):
             self._why = "it was none of these"
             return plain(x)
-        if self.tokens is None and self._not_fused == (x.dtype, x.device):
+        if self._not_fused == (x.dtype, x.device):
             return plain(x)
         if not self.memories.lock.acquire(blocking=False):
             return plain(x)  # another thread's call, whose memory this one would overwrite
@@ -137,10 +157,9 @@ class Graphs:
         return plain(x) if y is None else y
 
     def _few(self, x: Tensor) -> bool:
-        most = self.tokens
-        if most is None:
-            most = 0 if torch.is_grad_enabled() else DECODED
-        return x.dim() == 3 and 0 < x.numel() <= most * x.shape[-1]
+        if not self.calls.gradients and torch.is_grad_enabled():
+            return False
+        return x.dim() == 3 and 0 < x.numel() <= self.calls.tokens * x.shape[-1]
 
     def _replayed(self, x: Tensor) -> Output | Size | None:
         """The output; or the size to be counted, None for a call that does not count."""
@@ -273,14 +292,12 @@ class Graphs:
     def explain(self) -> str | None:
         """Which calls are to be replayed, and what is by now, or why nothing is. None where nobody
         asked for it, and there is no GPU."""
-        few = f"up to {DECODED} tokens without gradients"
-        calls = few if self.tokens is None else f"up to {self.tokens} tokens"
         experts = self.parts.experts
-        if self._watch is None and self.tokens is None and not _on_gpu(experts):
+        if self._watch is None and self.calls == UNASKED and not _on_gpu(experts):
             return None
         if self._watch is None and (device := runs_on(experts)).type != "cuda":
-            return f"CUDA graphs, {calls}: none: device {device.type}, needs cuda"
-        return f"CUDA graphs, {calls}: {self._told()}"
+            return f"CUDA graphs, {self.calls}: none: device {device.type}, needs cuda"
+        return f"CUDA graphs, {self.calls}: {self._told()}"
 
     def _told(self) -> str:
         watch = self._watch
@@ -307,8 +324,8 @@ class Graphs:
         return size
 
     def _record(self, size: Size, key: tuple[Any, ...], x: Tensor, watch: Watch) -> None:
-        if self.tokens is None and self._recordings >= RECORDINGS:
-            size.reason = f"its block has been recorded {RECORDINGS} times"
+        if self._recordings >= self.calls.recordings:
+            size.reason = f"its block has been recorded {self._recordings} times"
             return
         recorded = [one for one in self._sizes.values() if one.graph is not None]
         if len(recorded) >= SIZES:
@@ -320,12 +337,10 @@ class Graphs:
             rows = x.numel() // x.shape[-1] * site.top_k
             # On the stream that is recorded on, auto would take another.
             backend = pick_backend(site.backend, x.dtype, x.device, rows, spec=site.spec).name
-            if backend == "te":
-                size.reason = "te copies the number of rows to the host"
-                return
-            if self.tokens is None and backend != "fused":
-                size.reason = f"{backend} may wait for the host; with graphs=N it is tried"
-                if FUSED.why_not(x.dtype, x.device, site.spec) is not None:
+            if backend not in self.calls.backends:
+                size.reason = f"{backend} may wait for the host"
+                never = FUSED.why_not(x.dtype, x.device, site.spec) is not None
+                if never and self.calls == UNASKED:
                     self._not_fused = x.dtype, x.device
                 return
             self._recordings += 1

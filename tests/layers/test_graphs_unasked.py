@@ -18,7 +18,7 @@ from moetk.experts.backends import FUSED
 from moetk.layers.find import find_blocks
 from moetk.layers.graphs import GRAPHS
 from moetk.layers.graphs import block as graphs_block
-from moetk.layers.graphs.block import DECODED
+from moetk.layers.graphs.block import UNASKED
 from moetk.layers.swap import is_extended
 from tests.driver import Graph
 from tests.layers.graphed import ALIVE, block_of, drawn, pair, recorded, same, stepped
@@ -39,7 +39,7 @@ def test_few_tokens_without_gradients_are_replayed_unless_told_otherwise(fused: 
     for seed in range(4):
         with torch.no_grad():
             assert torch.equal(mine(drawn(seed)), plain(drawn(seed)))
-            for many in (DECODED, DECODED + 1):
+            for many in (UNASKED.tokens, UNASKED.tokens + 1):
                 assert torch.equal(mine(drawn(seed, many)), plain(drawn(seed, many)))
         call = drawn(seed), drawn(seed + 50)
         assert same(stepped(mine, *call), stepped(plain, *call))
@@ -213,7 +213,9 @@ def test_a_device_without_fused_is_asked_once(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_recordings_have_an_end(fused: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(graphs_block, "RECORDINGS", 5)
+    few = UNASKED._replace(recordings=5)
+    monkeypatch.setattr(graphs_block, "UNASKED", few)
+    monkeypatch.setattr("moetk.layers.replacement.UNASKED", few)
     monkeypatch.setattr(graphs_block, "SIZES", 2)
     plain, mine, replacement = pair(tokens=None)
     with torch.no_grad():
@@ -228,13 +230,13 @@ def test_recordings_have_an_end(fused: None, monkeypatch: pytest.MonkeyPatch) ->
 def test_who_asked_for_them_has_as_many_recordings_as_it_takes(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(graphs_block, "RECORDINGS", 1)
+    monkeypatch.setattr(graphs_block, "SIZES", 2)
     _, mine, _ = pair()
     with torch.no_grad():
-        for tokens in (3, 5, 7):
+        for tokens in range(1, 36):
             for seed in range(3):
                 mine(drawn(seed, tokens))
-    assert Graph.replays == 3
+    assert Graph.replays == 35
 
 
 def test_a_tensor_on_a_module_is_not_kept() -> None:
